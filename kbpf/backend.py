@@ -1,0 +1,207 @@
+"""The seam between what a user holds and what carries it out.
+
+A backend speaks in bytes and descriptors and raises plain `OSError` with the kernel's
+errno; about one method for each bpf(2) command and each way to attach. Typed keys and
+values, names and errors are made above it, in `kbpf.runtime`. Descriptors are ints on both
+backends: file descriptors of the kernel, or entries in the emulator's own table, so that a
+map of maps or a program array takes them as values the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from kbpf.specs import Layout, MapSpec, ProgramSpec
+
+BackendName = Literal["kernel", "emulator"]
+
+
+class MapInfo(NamedTuple):
+    """``struct bpf_map_info``, as far as both backends know it."""
+
+    type: str
+    id: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    name: str
+    map_extra: int = 0
+    btf_id: int = 0
+    btf_key_type_id: int = 0
+    btf_value_type_id: int = 0
+
+
+class ProgramInfo(NamedTuple):
+    """``struct bpf_prog_info``, as far as both backends know it."""
+
+    type: str
+    id: int
+    name: str
+    #: Eight bytes of digest of the instructions.
+    tag: bytes
+    map_ids: tuple[int, ...]
+    gpl_compatible: bool
+
+
+class Batch(NamedTuple):
+    """One chunk of a batch lookup: `count` keys and values, back to back.
+
+    `token` continues after it; None when this was the last chunk.
+    """
+
+    keys: bytes
+    values: bytes
+    count: int
+    token: bytes | None
+
+
+class RawRun(NamedTuple):
+    """What BPF_PROG_TEST_RUN gives: the return value, data and context afterwards, mean nanoseconds of a run."""
+
+    value: int
+    data: bytes
+    context: bytes
+    duration_ns: int
+
+
+class LoadRefused(OSError):
+    """BPF_PROG_LOAD failed: the errno, and the verifier's log as far as there is one."""
+
+    def __init__(self, errno: int, log: str) -> None:
+        super().__init__(errno, log)
+        self.log = log
+
+
+class SocketLike(Protocol):
+    """Anything with a descriptor: sockets, asyncio's TransportSocket, files made from sockets."""
+
+    def fileno(self) -> int: ...
+
+
+class Backend(Protocol):
+    """What both backends do. `OSError.errno` is always the kernel's."""
+
+    @property
+    def name(self) -> BackendName: ...
+
+    # Programs are verified before they run: always by the kernel, by the emulator once it has a verifier.
+    @property
+    def verifies(self) -> bool: ...
+
+    def possible_cpus(self) -> int:
+        """Processors that per-CPU values have a slot for."""
+        ...
+
+    def close(self, fd: int) -> None: ...
+
+    def duplicate(self, fd: int) -> int: ...
+
+    # Maps. `value_size` is what user space passes: for per-CPU maps a slot, rounded up to 8 bytes, times possible_cpus().
+
+    def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
+        """BPF_MAP_CREATE; `inner` is the template descriptor for maps of maps. Contents and freezing are the caller's."""
+        ...
+
+    def map_info(self, fd: int) -> MapInfo: ...
+
+    def map_btf(self, fd: int) -> bytes:
+        """The raw BTF that describes the map's key and value; empty if there is none or it may not be read."""
+        ...
+
+    def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes: ...
+
+    def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
+        """A bound lookup for one map, as fast as the backend can; None for a missing key. Not after close()."""
+        ...
+
+    def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None: ...
+
+    def map_delete(self, fd: int, key: bytes) -> None: ...
+
+    def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
+        """The key after `key`, or the first; ENOENT at the end."""
+        ...
+
+    def map_lookup_and_delete(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes: ...
+
+    def map_lookup_batch(
+        self, fd: int, token: bytes | None, count: int, key_size: int, value_size: int, delete: bool = False
+    ) -> Batch:
+        """BPF_MAP_LOOKUP_BATCH or _LOOKUP_AND_DELETE_BATCH; ENOSPC when a bucket holds more than `count`."""
+        ...
+
+    def map_update_batch(self, fd: int, keys: bytes, values: bytes, count: int, flags: int = 0) -> int:
+        """Returns how many were stored; raises with ``done`` set on the OSError when it stops early."""
+        ...
+
+    def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int: ...
+
+    def map_freeze(self, fd: int) -> None: ...
+
+    # Programs.
+
+    def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
+        """BPF_PROG_LOAD; raises `LoadRefused` with the verifier's log (asked for when the first try fails)."""
+        ...
+
+    def program_info(self, fd: int) -> ProgramInfo: ...
+
+    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
+        """BPF_PROG_TEST_RUN; `context` may be empty."""
+        ...
+
+    # Pins and ids; `kind` says what is wanted, the kernel checks.
+
+    def pin(self, fd: int, path: str) -> None: ...
+
+    def open_pinned(self, path: str, flags: int = 0) -> int: ...
+
+    def open_by_id(self, kind: Literal["map", "program"], id: int) -> int: ...
+
+    def ids(self, kind: Literal["map", "program"]) -> list[int]: ...
+
+    # Sockets. The emulator takes its own sockets, and those that it was asked by name to filter in user space.
+
+    def socket_layout(self, socket: SocketLike) -> Layout:
+        """What lies at offset 0 of what a filter on this socket sees."""
+        ...
+
+    def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
+        """SO_ATTACH_FILTER with an array of ``struct sock_filter``."""
+        ...
+
+    def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
+        """SO_ATTACH_BPF."""
+        ...
+
+    def socket_detach(self, socket: SocketLike) -> None:
+        """SO_DETACH_FILTER; ENOENT when there is none."""
+        ...
+
+    def socket_get_filter(self, socket: SocketLike) -> bytes:
+        """SO_GET_FILTER: the classic instructions, empty if there is no filter; EACCES when an eBPF program sits there."""
+        ...
+
+    def socket_lock(self, socket: SocketLike) -> None:
+        """SO_LOCK_FILTER."""
+        ...
+
+    def socket_drain(self, socket: SocketLike) -> int:
+        """Throw away what is queued, without waiting and without touching the blocking mode; returns how many packets."""
+        ...
+
+    def socket_drainable(self, socket: SocketLike) -> bool:
+        """Whether draining is safe: packet, raw and UDP sockets; never streams, listeners, UNIX sockets."""
+        ...
+
+    def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
+        """An AF_PACKET socket bound to `interface` (None: all); `protocol` is ETH_P_* in host order."""
+        ...
+
+    def explain_denied(
+        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+    ) -> tuple[str, ...]:
+        """Why EPERM or EACCES came: a line each for reason and remedy, from what this process really lacks."""
+        ...

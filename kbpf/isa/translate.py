@@ -1,0 +1,133 @@
+"""Classic BPF to eBPF, as Linux does it inside (`bpf_convert_filter`, net/core/filter.c).
+
+The registers are the kernel's: A is R0, X is R7, the context stays in R6. What eBPF as
+user space may load it cannot say (network-relative loads, ancillary words that no
+`__sk_buff` field holds) is kept as LD_ABS/LD_IND with the classic offset; `ancillary`
+tells whether a program has such, and the emulator runs them as the kernel's converted filter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kbpf.errors import FilterError
+from kbpf.isa import cbpf, ebpf
+from kbpf.isa.ebpf import Instruction
+
+# The kernel's assignment (include/linux/filter.h).
+REG_A, REG_X, REG_CTX, REG_TMP = 0, 7, 6, 2
+
+_INVERSE = {ebpf.JEQ: ebpf.JNE, ebpf.JGT: ebpf.JLE, ebpf.JGE: ebpf.JLT}
+
+
+def to_ebpf(instructions: Sequence[cbpf.Instruction]) -> tuple[Instruction, ...]:
+    """Translate a checked classic filter.
+
+    Raises `kbpf.FilterError` if the filter is invalid, or so long that a jump does not fit 16 bits.
+    """
+    cbpf.check(instructions)
+    out: list[Instruction] = [
+        Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_A),
+        Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_X, REG_X),
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_CTX, 1),
+    ]
+    starts: list[int] = []
+    # (slot, index of the classic instruction it goes to)
+    branches: list[tuple[int, int]] = []
+    for pc, instruction in enumerate(instructions):
+        starts.append(len(out))
+        if instruction.code & 7 == cbpf.JMP:
+            _jump(pc, instruction, out, branches)
+        else:
+            out.extend(_straight(instruction))
+    for slot, target in branches:
+        off = starts[target] - slot - 1
+        if off > 0x7FFF:
+            raise FilterError(f"a jump over {off} instructions does not fit eBPF's 16 bits")
+        out[slot] = out[slot]._replace(off=off)
+    return tuple(out)
+
+
+def _jump(pc: int, instruction: cbpf.Instruction, out: list[Instruction], branches: list[tuple[int, int]]) -> None:
+    code, jt, jf, k = instruction
+    if code == cbpf.JMP | cbpf.JA:
+        branches.append((len(out), pc + 1 + k))
+        out.append(Instruction(ebpf.JMP | ebpf.JA))
+        return
+    op, source, src, imm = code & 0xF0, code & 0x08, 0, k
+    if source == cbpf.X:
+        src, imm = REG_X, 0
+    elif k > 0x7FFFFFFF:
+        # Immediates are sign-extended in 64-bit compares: go through a register, zero-extended.
+        out.append(Instruction(ebpf.ALU | ebpf.MOV | ebpf.K, REG_TMP, 0, 0, ebpf.signed32(k)))
+        source, src, imm = ebpf.X, REG_TMP, 0
+    if jf and not jt and op in _INVERSE:
+        branches.append((len(out), pc + 1 + jf))
+        out.append(Instruction(ebpf.JMP | _INVERSE[op] | source, REG_A, src, 0, imm))
+        return
+    branches.append((len(out), pc + 1 + jt))
+    out.append(Instruction(ebpf.JMP | op | source, REG_A, src, 0, imm))
+    if jf:
+        branches.append((len(out), pc + 1 + jf))
+        out.append(Instruction(ebpf.JMP | ebpf.JA))
+
+
+def _straight(instruction: cbpf.Instruction) -> list[Instruction]:
+    """The eBPF for one classic instruction that does not branch."""
+    code, _, _, k = instruction
+    imm = ebpf.signed32(k)
+    kind = code & 7
+    if kind == cbpf.ALU:
+        if code in (cbpf.ALU | cbpf.DIV | cbpf.X, cbpf.ALU | cbpf.MOD | cbpf.X):
+            # Classic division by zero returns 0; eBPF's would give a value and go on.
+            return [
+                Instruction(ebpf.ALU | ebpf.MOV | ebpf.X, REG_X, REG_X),
+                Instruction(ebpf.JMP | ebpf.JNE | ebpf.K, REG_X, 0, 2),
+                Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_A),
+                Instruction(ebpf.JMP | ebpf.EXIT),
+                Instruction(code, REG_A, REG_X),
+            ]
+        if code == cbpf.ALU | cbpf.NEG:
+            return [Instruction(ebpf.ALU | ebpf.NEG, REG_A)]
+        if code & 0x08:
+            return [Instruction(code, REG_A, REG_X)]
+        return [Instruction(code, REG_A, 0, 0, imm)]
+    if kind == cbpf.RET:
+        if code == cbpf.RET | cbpf.K:
+            return [Instruction(ebpf.ALU | ebpf.MOV | ebpf.K, REG_A, 0, 0, imm), Instruction(ebpf.JMP | ebpf.EXIT)]
+        return [Instruction(ebpf.JMP | ebpf.EXIT)]
+    if kind in (cbpf.ST, cbpf.STX):
+        source = REG_A if kind == cbpf.ST else REG_X
+        return [Instruction(ebpf.STX | ebpf.MEM | ebpf.W, ebpf.FP, source, -4 * k - 4)]
+    if kind == cbpf.MISC:
+        dst, src = (REG_X, REG_A) if code == cbpf.MISC | cbpf.TAX else (REG_A, REG_X)
+        return [Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, dst, src)]
+    return _load(instruction)
+
+
+def _load(instruction: cbpf.Instruction) -> list[Instruction]:
+    code, _, _, k = instruction
+    imm = ebpf.signed32(k)
+    target = REG_A if code & 7 == cbpf.LD else REG_X
+    mode = code & 0xE0
+    if mode == cbpf.IMM:
+        return [Instruction(ebpf.ALU | ebpf.MOV | ebpf.K, target, 0, 0, imm)]
+    if mode == cbpf.MEM:
+        return [Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, target, ebpf.FP, -4 * k - 4)]
+    if mode == cbpf.LEN:
+        return [Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, target, REG_CTX, 0)]
+    if mode == cbpf.MSH:
+        return [
+            Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_X, REG_A),
+            Instruction(ebpf.LD | ebpf.ABS | ebpf.B, 0, 0, 0, imm),
+            Instruction(ebpf.ALU | ebpf.AND | ebpf.K, REG_A, 0, 0, 0xF),
+            Instruction(ebpf.ALU | ebpf.LSH | ebpf.K, REG_A, 0, 0, 2),
+            Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_TMP, REG_X),
+            Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_X, REG_A),
+            Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_A, REG_TMP),
+        ]
+    if mode == cbpf.IND:
+        return [Instruction(code, 0, REG_X, 0, imm)]
+    if k == cbpf.AD_OFF + 40:
+        return [Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_X)]
+    return [Instruction(code, 0, 0, 0, imm)]

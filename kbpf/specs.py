@@ -1,0 +1,160 @@
+"""What a thing is before it meets a backend: frozen, comparable, printable data.
+
+A backend turns a spec into an object that owns one kernel (or emulator) resource.
+Types are named as bpftool names them: ``"hash"``, ``"lru_hash"``, ``"socket_filter"``, ``"sched_cls"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kbpf.isa import cbpf, ebpf
+from kbpf.types import Type
+
+Start = Literal["link", "network", "transport", "payload"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What lies at offset 0 of the data that a classic filter sees, and what else can be reached.
+
+    `start` is the header at offset 0. `live` layouts are those of sockets: the kernel reaches the
+    network header through ``SKF_NET_OFF`` and the link header through ``SKF_LL_OFF`` (where `network`
+    and `link_header` say that there is one), and gives metadata through ancillary loads. The layouts of files
+    have only their bytes, with the link header that `dlt` names.
+    """
+
+    name: str
+    start: Start
+    #: DLT_* of the link header; None where that is not known or there is none.
+    dlt: int | None = None
+    live: bool = False
+    #: The network header can be reached.
+    network: bool = True
+    #: The link header can be reached.
+    link_header: bool = True
+    #: The IP protocol, where the socket has only one.
+    protocol: int | None = None
+    #: 4 or 6 where only that version can arrive. AF_INET6 sockets get IPv4 too, so theirs is None.
+    ip_version: int | None = None
+
+
+#: Layouts of captures, by the name of the link type (pcap-linktype(7)).
+FILE_LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout(name="NULL", start="link", dlt=0),
+        Layout(name="EN10MB", start="link", dlt=1),
+        Layout(name="RAW", start="network", dlt=12, link_header=False),
+        Layout(name="IEEE802_11", start="link", dlt=105),
+        Layout(name="LINUX_SLL", start="link", dlt=113),
+        Layout(name="IEEE802_11_RADIO", start="link", dlt=127),
+        Layout(name="LINUX_SLL2", start="link", dlt=276),
+    )
+}
+
+#: Layouts of sockets, as measured; which one a socket has, its family, type and protocol say.
+SOCKET_LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        # AF_PACKET SOCK_RAW: the link header, whatever the device has; `packet` when that is not known to be Ethernet.
+        Layout(name="packet", start="link", live=True),
+        Layout(name="packet_ethernet", start="link", dlt=1, live=True),
+        # A device without a link header (tun, and raw IP tunnels).
+        Layout(name="packet_ip", start="network", live=True, link_header=False),
+        Layout(name="packet_dgram", start="network", live=True),
+        Layout(name="udp", start="transport", live=True, protocol=17),
+        Layout(name="tcp", start="transport", live=True, protocol=6),
+        # Ping sockets.
+        Layout(name="icmp", start="transport", live=True, protocol=1, ip_version=4),
+        Layout(name="icmp6", start="transport", live=True, protocol=58, ip_version=6),
+        # Raw IPv4 sockets see the IPv4 header, raw IPv6 sockets what follows the IPv6 header.
+        Layout(name="raw4", start="network", live=True, ip_version=4),
+        Layout(name="raw6", start="transport", live=True, ip_version=6),
+        Layout(name="unix", start="payload", live=True, network=False, link_header=False),
+        Layout(name="netlink", start="payload", live=True, network=False, link_header=False),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterSpec:
+    """A classic filter: instructions, and the layout they were compiled for."""
+
+    instructions: tuple[cbpf.Instruction, ...]
+    layout: Layout = FILE_LAYOUTS["EN10MB"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "instructions", tuple(cbpf.Instruction(*i) for i in self.instructions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSpec:
+    """A map: ``struct`` sizes in bytes, flags as in linux/bpf.h (``BPF_F_*``).
+
+    `contents` are (key, value) pairs to put in after creation, then `frozen` freezes it.
+    `inner` describes the maps in a map of maps. `key_type` and `value_type` are what BTF says of the
+    bytes; `btf` is the raw BTF blob and the type ids in it that the kernel is told.
+    """
+
+    type: str
+    key_size: int = 0
+    value_size: int = 0
+    max_entries: int = 0
+    flags: int = 0
+    name: str = ""
+    map_extra: int = 0
+    numa_node: int | None = None
+    inner: MapSpec | None = None
+    contents: tuple[tuple[bytes, bytes], ...] = ()
+    frozen: bool = False
+    pinning: Literal["none", "by_name"] = "none"
+    key_type: Type | None = None
+    value_type: Type | None = None
+    btf: bytes = field(default=b"", repr=False)
+    btf_key_type_id: int = 0
+    btf_value_type_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """An eBPF program.
+
+    `instructions` may be given as bytes or decoded, and are kept decoded. A 64-bit immediate load whose `src` is
+    ``PSEUDO_MAP_IDX`` or ``PSEUDO_MAP_IDX_VALUE`` refers to ``maps[imm]``, as in the kernel (BPF_PROG_LOAD's fd_array).
+    `func_info` and `line_info` are arrays of ``struct bpf_func_info`` and ``struct bpf_line_info`` into `btf`.
+    """
+
+    type: str = "socket_filter"
+    instructions: tuple[ebpf.Instruction, ...]
+    license: str = "GPL"
+    maps: tuple[MapSpec, ...] = ()
+    expected_attach_type: str | int | None = None
+    name: str = ""
+    flags: int = 0
+    #: ELF section the program came from, and what the section name says it attaches to.
+    section: str = ""
+    attach_to: str = ""
+    btf: bytes = field(default=b"", repr=False)
+    func_info: bytes = field(default=b"", repr=False)
+    line_info: bytes = field(default=b"", repr=False)
+
+    def __post_init__(self) -> None:
+        given: bytes | Iterable[ebpf.Instruction] = self.instructions
+        decoded = (
+            ebpf.decode(bytes(given))
+            if isinstance(given, (bytes, bytearray, memoryview))
+            else (ebpf.Instruction(*i) for i in given)
+        )
+        object.__setattr__(self, "instructions", tuple(decoded))
+        object.__setattr__(self, "maps", tuple(self.maps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionSpec:
+    """What an object file holds: maps and programs by name. Programs that name the same map share it."""
+
+    maps: Mapping[str, MapSpec] = field(default_factory=dict)
+    programs: Mapping[str, ProgramSpec] = field(default_factory=dict)
