@@ -46,14 +46,14 @@ class ProgramInfo(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One chunk of a batch lookup: `count` keys and values, back to back.
+    """One chunk of a batch lookup: `length` keys and values, back to back.
 
     `token` continues after it; None when this was the last chunk.
     """
 
     keys: bytes
     values: bytes
-    count: int
+    length: int
     token: bytes | None
 
 
@@ -98,10 +98,10 @@ class Backend(Protocol):
 
     def duplicate(self, fd: int) -> int: ...
 
-    # Maps. `value_size` is what user space passes: for per-CPU maps a slot, rounded up to 8 bytes, times possible_cpus().
+    # Maps. `value_size` is what user space passes: for per-CPU maps possible_cpus() slots, each rounded up to 8 bytes.
 
     def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
-        """BPF_MAP_CREATE; `inner` is the template descriptor for maps of maps. Contents and freezing are the caller's."""
+        """BPF_MAP_CREATE; `inner` is the template for maps of maps. Contents and freezing are the caller's."""
         ...
 
     def map_info(self, fd: int) -> MapInfo: ...
@@ -181,7 +181,7 @@ class Backend(Protocol):
         ...
 
     def socket_get_filter(self, socket: SocketLike) -> bytes:
-        """SO_GET_FILTER: the classic instructions, empty if there is no filter; EACCES when an eBPF program sits there."""
+        """SO_GET_FILTER: the classic instructions, empty without a filter; EACCES when an eBPF program is there."""
         ...
 
     def socket_lock(self, socket: SocketLike) -> None:
@@ -189,7 +189,7 @@ class Backend(Protocol):
         ...
 
     def socket_drain(self, socket: SocketLike) -> int:
-        """Throw away what is queued, without waiting and without touching the blocking mode; returns how many packets."""
+        """Throw away what is queued, without waiting or touching the blocking mode; returns how many packets."""
         ...
 
     def socket_drainable(self, socket: SocketLike) -> bool:

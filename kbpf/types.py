@@ -7,7 +7,7 @@ turns them into codecs. Sizes are bytes, offsets within a struct are bits, as in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,4 +79,4 @@ class Struct:
     union: bool = False
 
 
-Type = Union[Int, Float, Enum, Pointer, Array, Struct]
+Type: TypeAlias = "Int | Float | Enum | Pointer | Array | Struct"
