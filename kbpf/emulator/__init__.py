@@ -1,0 +1,1 @@
+"""The kernel in user space: memory, interpreter, helpers, maps, contexts, network, sockets."""
