@@ -1,0 +1,1 @@
+"""Text to instructions and back, in the dialects that people already read."""
