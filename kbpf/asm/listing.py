@@ -119,7 +119,7 @@ def line(pc: int, instruction: Sequence[int]) -> str:
     """One instruction as ``tcpdump -d`` prints it; opcodes that libpcap has no name for are ``unimp``."""
     code, jt, jf, k = instruction
     if code == JMP | JA:
-        return f"({pc:03d}) {'ja':8} {pc + 1 + _signed(k)}"
+        return f"({pc:03d}) {'ja':8} {_signed((pc + 1 + k) & 0xFFFFFFFF)}"
     name, operand = _FORMS.get(code, ("unimp", _constant(f"{code:#x}")))
     if code & 7 == JMP and code & 0xF0 != JA:
         return f"({pc:03d}) {name:8} {operand(k):16} jt {pc + 1 + jt}\tjf {pc + 1 + jf}"
