@@ -1,0 +1,160 @@
+"""Attach a filter to a socket: SO_ATTACH_FILTER for classic ones, SO_ATTACH_BPF for programs.
+
+Linux 2.2 (classic) and 3.19 (eBPF). No capability, but for classic filters on TCP (CAP_NET_ADMIN). A
+socket has one slot: attaching replaces what is there, and so does anybody else who holds the socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any, Literal
+
+from kbpf.backend import Backend
+from kbpf.errors import KbpfError
+from kbpf.isa import cbpf
+from kbpf.runtime.backends import chosen, get_backend, select_for_socket
+from kbpf.runtime.failures import doing
+from kbpf.runtime.filter import Filter
+from kbpf.runtime.link import Link, failed
+from kbpf.runtime.program import Program
+
+_DROP_ALL = cbpf.encode([cbpf.stmt(cbpf.RET | cbpf.K, 0)])
+
+
+def attach(socket: Any, what: str | Filter | Program, drain: bool | None = None, backend: str | None = None) -> Link:
+    """Attach an expression, a filter or a program to a live socket.
+
+    `socket` is anything with a ``fileno()``: `socket.socket`, asyncio's transport sockets, or an emulated socket.
+    An expression is compiled for where that socket's data starts: the link header on AF_PACKET SOCK_RAW, the UDP
+    header on UDP sockets, the payload on UNIX ones. A `Filter` is attached as it is.
+
+    Packets that were queued before were never filtered. By default they are thrown away on packet, raw and UDP sockets,
+    and never on streams, listeners and UNIX sockets, whose data would be lost; `drain` says otherwise, and raises
+    `ValueError` where draining would eat data.
+
+    A filter on a socket of the operating system is real, or this raises, unless the emulator was asked for by name
+    (``backend="emulator"``, ``KBPF_BACKEND=emulator``): then ``link.socket`` is the filtered one.
+
+    Raises `FilterSyntaxError` and `FilterError` for the filter, `PermissionDeniedError` (a locked filter; a TCP
+    socket without CAP_NET_ADMIN), `NotSupportedError` for sockets that never run a filter, `BpfError` otherwise
+    (EBADF, ENOTSOCK, ENOMEM when it is larger than ``net.core.optmem_max`` allows). What was attached before stays
+    when it fails.
+    """
+    carrier = _backend_for(socket, what, backend)
+    if carrier.name == "emulator":
+        from kbpf.emulator.sockets import wrap
+
+        with doing(carrier, "filter this socket in the emulator", operation="SO_ATTACH_FILTER"):
+            socket = wrap(socket)
+    return Link(carrier, socket, put(carrier, socket, what, drain))
+
+
+def put(backend: Backend, socket: Any, what: str | Filter | Program, drain: bool | None) -> Filter | Program:
+    """Compile if need be, and put it into the slot, draining where that is right."""
+    with doing(backend, "ask the socket for its type", operation="getsockopt"):
+        layout = backend.socket_layout(socket)
+        drainable = backend.socket_drainable(socket)
+    if drain and not drainable:
+        raise ValueError("draining this socket would throw away data that its owner is to receive")
+    if isinstance(what, str):
+        from kbpf.filter import compile_filter
+
+        what = Filter.from_spec(compile_filter(what, layout))
+    if isinstance(what, Filter):
+        what.check()
+    elif what.backend != backend.name:
+        raise _mixed(what, backend)
+    try:
+        if drain is False or not drainable:
+            _put_one(backend, socket, what)
+        else:
+            _put_drained(backend, socket, what)
+    except KbpfError:
+        raise
+    except OSError as error:
+        raise failed(error, backend, what) from None
+    return what
+
+
+def _put_one(backend: Backend, socket: Any, what: Filter | Program) -> None:
+    if isinstance(what, Filter):
+        backend.socket_attach_filter(socket, cbpf.encode(what.instructions))
+    else:
+        backend.socket_attach_bpf(socket, what.fileno())
+
+
+def _put_drained(backend: Backend, socket: Any, what: Filter | Program) -> None:
+    """The filter itself first, so that a refusal changes nothing.
+
+    Then drop all, empty the queue, and the filter again.
+    """
+    try:
+        before = backend.socket_get_filter(socket)
+    except OSError as error:
+        if error.errno != errno.EACCES:
+            raise
+        before = b""  # Somebody's program, which cannot be read and so not be put back.
+    _put_one(backend, socket, what)
+    try:
+        backend.socket_attach_filter(socket, _DROP_ALL)
+        backend.socket_drain(socket)
+        _put_one(backend, socket, what)
+    except BaseException:
+        if before:
+            backend.socket_attach_filter(socket, before)
+        else:
+            backend.socket_detach(socket)
+        raise
+
+
+def backend_of(socket: Any, backend: str | None) -> Backend:
+    """The backend that carries a filter on this socket: an emulated socket's is the emulator."""
+    if is_emulated(socket):
+        if (backend or chosen()) == "kernel":
+            raise ValueError("an emulated socket cannot take the kernel's filters")
+        return get_backend("emulator")
+    return select_for_socket(backend)
+
+
+def is_emulated(socket: Any) -> bool:
+    """Whether a socket is one of the emulator's; asking does not load the emulator."""
+    module = sys.modules.get("kbpf.emulator.sockets")
+    return module is not None and module.is_emulated(socket)
+
+
+def _backend_for(socket: Any, what: str | Filter | Program, backend: str | None) -> Backend:
+    carrier = backend_of(socket, backend)
+    if isinstance(what, Program) and what.backend != carrier.name:
+        raise _mixed(what, carrier)
+    return carrier
+
+
+def _mixed(program: Program, carrier: Backend) -> ValueError:
+    if program.backend == "emulator":
+        return ValueError(
+            f"{program.label} runs in the emulator and this socket is the operating system's: nothing would be "
+            'filtered. Ask for it by name (KBPF_BACKEND=emulator, backend="emulator") and read from link.socket, '
+            "or use an emulated socket"
+        )
+    return ValueError(f"{program.label} is the {program.backend}'s and the socket is the {carrier.name}'s")
+
+
+def packet_socket(
+    interface: str | None = None,
+    *,
+    type: Literal["raw", "dgram"] = "raw",
+    protocol: int = 0x0003,
+    backend: str | None = None,
+) -> Any:
+    """A packet socket bound to an interface: AF_PACKET on the kernel, an emulated one in the emulator.
+
+    ``"raw"`` frames start with the link header, ``"dgram"`` ones with the network header; `protocol` is an ETH_P_*
+    in host order, by default ETH_P_ALL. Nothing is queued before it is bound. In ``auto`` it is the kernel's: an
+    emulated interface sees only what a test injects. Needs CAP_NET_RAW; raises `PermissionDeniedError` without,
+    `BpfError` (ENODEV) for an unknown interface.
+    """
+    carrier = select_for_socket(backend)
+    where = f"on {interface}" if interface else "on all interfaces"
+    with doing(carrier, f"open a packet socket {where}", operation="socket(AF_PACKET)"):
+        return carrier.packet_socket(interface, type=type, protocol=protocol)

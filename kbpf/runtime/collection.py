@@ -1,0 +1,115 @@
+"""The maps and programs of one object file, loaded together."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+
+from kbpf.backend import Backend
+from kbpf.runtime.backends import select
+from kbpf.runtime.failures import doing
+from kbpf.runtime.map import Map
+from kbpf.runtime.program import Program, load_program
+from kbpf.specs import CollectionSpec, MapSpec
+
+#: Where maps that an object pins by name are pinned (libbpf's LIBBPF_PIN_BY_NAME).
+PIN_FOLDER = "/sys/fs/bpf"
+
+
+class Collection:
+    """Programs and maps by name; a context manager that closes them all."""
+
+    def __init__(self, programs: Mapping[str, Program], maps: Mapping[str, Map], backend: str) -> None:
+        self.programs: Mapping[str, Program] = MappingProxyType(dict(programs))
+        self.maps: Mapping[str, Map] = MappingProxyType(dict(maps))
+        #: ``"kernel"`` or ``"emulator"``.
+        self.backend = backend
+
+    @classmethod
+    def from_spec(cls, spec: CollectionSpec, backend: str | None = None) -> Collection:
+        """Make the maps, then load the programs; see `load`. Nothing stays open or pinned after an error."""
+        types = {program.type for program in spec.programs.values()}
+        chosen = _select(backend, types)
+        maps: dict[str, Map] = {}
+        programs: dict[str, Program] = {}
+        pinned: list[str] = []
+        try:
+            for name, map in spec.maps.items():
+                maps[name] = _make_map(chosen, map, pinned)
+            for name, program in spec.programs.items():
+                used = [maps[_key_of(spec, needed)] for needed in program.maps]
+                programs[name] = load_program(program, used, backend=chosen.name)
+        except BaseException:
+            for resource in (*programs.values(), *maps.values()):
+                resource.close()
+            for path in pinned:
+                chosen.unpin(path)
+            raise
+        return cls(programs, maps, chosen.name)
+
+    def close(self) -> None:
+        """Close all programs and maps; what is attached stays attached."""
+        for resource in (*self.programs.values(), *self.maps.values()):
+            resource.close()
+
+    def __enter__(self) -> Collection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Collection of programs {list(self.programs)} and maps {list(self.maps)}, {self.backend}>"
+
+
+def load(source: str | os.PathLike[str] | bytes | CollectionSpec, backend: str | None = None) -> Collection:
+    """Load an object file: its maps and all its programs.
+
+    `source` is a path, the bytes of an ELF object, or a spec read before. Maps are keyed by their names in the
+    object (``.rodata``, ``.bss`` and the like by section), programs by their functions' names.
+
+    Raises `ObjectError` for a file that is not a proper BPF object, `VerifierError` for a program that is refused,
+    `PermissionDeniedError`; nothing stays open or pinned then.
+    """
+    if not isinstance(source, CollectionSpec):
+        from kbpf.elf import read_object
+
+        source = read_object(source)
+    return Collection.from_spec(source, backend)
+
+
+def _select(backend: str | None, types: set[str]) -> Backend:
+    """One backend for the whole: ``auto`` takes the kernel only if it may load every type there."""
+    for type in sorted(types):
+        chosen = select(backend, program_type=type)
+        if chosen.name == "emulator":
+            return chosen
+    return select(backend)
+
+
+def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
+    if spec.pinning == "none":
+        return Map._create(spec, chosen)
+    path = f"{PIN_FOLDER}/{spec.name}"
+    try:
+        return Map.from_fd(chosen, chosen.open_pinned(path), spec.key_type, spec.value_type)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            with doing(chosen, f"open the pinned map {path}", operation="obj_get"):
+                raise
+    made = Map._create(spec, chosen)
+    try:
+        made.pin(path)
+    except BaseException:
+        made.close()
+        raise
+    pinned.append(path)
+    return made
+
+
+def _key_of(spec: CollectionSpec, needed: MapSpec) -> str:
+    return next(name for name, map in spec.maps.items() if map == needed)

@@ -1,0 +1,60 @@
+"""The one translation of failure: an `OSError` of a backend becomes an error of kbpf's."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kbpf.backend import Backend, LoadRefused
+from kbpf.errors import ENOTSUPP, BpfError, KbpfError, NotSupportedError, PermissionDeniedError, VerifierError
+
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, ENOTSUPP, errno.ENOSYS, errno.ENOPROTOOPT)
+
+
+@contextmanager
+def doing(
+    backend: Backend,
+    what: str,
+    *,
+    operation: str,
+    program_type: str = "",
+    map_type: str = "",
+    hints: tuple[str, ...] = (),
+) -> Iterator[None]:
+    """Run a backend's method, translating what it raises.
+
+    `what` is the attempt in a user's words (``load program "count" (socket_filter)``), `operation`
+    the bpf(2) command or socket option for the explanation of a refusal.
+    """
+    try:
+        yield
+    except KbpfError:
+        raise
+    except OSError as error:
+        raise translate(
+            error, backend, what, operation=operation, program_type=program_type, map_type=map_type, hints=hints
+        ) from None
+
+
+def translate(
+    error: OSError,
+    backend: Backend,
+    what: str,
+    *,
+    operation: str,
+    program_type: str = "",
+    map_type: str = "",
+    hints: tuple[str, ...] = (),
+) -> BpfError:
+    """The exception for an errno; see `doing`."""
+    number = error.errno or 0
+    log = error.log if isinstance(error, LoadRefused) else ""
+    if number in (errno.EPERM, errno.EACCES) and not log:
+        reasons = backend.explain_denied(operation, number, program_type=program_type, map_type=map_type)
+        return PermissionDeniedError(number, what, (*reasons, *hints))
+    if isinstance(error, LoadRefused):
+        return VerifierError(number, what, log, hints)
+    if number in _NOT_SUPPORTED:
+        return NotSupportedError(number, what, hints)
+    return BpfError(number, what, hints)

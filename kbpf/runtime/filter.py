@@ -1,0 +1,164 @@
+"""Classic filters as a user holds them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from kbpf.errors import FilterError
+from kbpf.isa import cbpf
+from kbpf.specs import FILE_LAYOUTS, FilterSpec, Layout
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import ClassicProgram
+
+# Where the network header starts in what a filter for this layout is given; transport layouts are given it too.
+_NETWORK = {"NULL": 4, "EN10MB": 14, "RAW": 0, "LINUX_SLL": 16, "LINUX_SLL2": 20}
+_NETWORK |= {"packet": 14, "packet_ethernet": 14, "packet_ip": 0, "packet_dgram": 0, "raw4": 0}
+
+
+class Filter:
+    """A classic BPF filter: instructions, and the layout they were compiled for.
+
+    Immutable, hashable, comparable; a sequence of instructions in that it has a length and can be iterated.
+    """
+
+    __slots__ = ("_emulated", "spec")
+
+    def __init__(
+        self, instructions: Iterable[Sequence[int]], link: str = "EN10MB", *, layout: Layout | None = None
+    ) -> None:
+        """From ``(code, jt, jf, k)`` tuples. `link` names the link type of the packets it is for.
+
+        Raises `FilterError` for an unknown link type; the instructions are checked by `check`, and when it is attached.
+        """
+        self.spec = FilterSpec(
+            instructions=tuple(cbpf.Instruction(*i) for i in instructions), layout=layout or file_layout(link)
+        )
+        self._emulated: ClassicProgram | None = None
+
+    @classmethod
+    def from_spec(cls, spec: FilterSpec) -> Filter:
+        return cls(spec.instructions, layout=spec.layout)
+
+    @property
+    def instructions(self) -> tuple[cbpf.Instruction, ...]:
+        """The instructions, each with `code`, `jt`, `jf` and `k`."""
+        return self.spec.instructions
+
+    @property
+    def layout(self) -> Layout:
+        """What lies at offset 0."""
+        return self.spec.layout
+
+    def check(self) -> None:
+        """The check that Linux makes when a filter is attached; raises `FilterError` naming the instruction."""
+        cbpf.check(self.instructions)
+
+    def run(self, packet: bytes | bytearray | memoryview, wirelen: int | None = None) -> int:
+        """Run over one packet, in user space; gives the bytes it keeps.
+
+        That is the smaller of return value and `wirelen`, 0 for none.
+
+        `packet` starts with the link header of the filter's link type. For the sockets that hand a filter only what
+        follows the IP header (UDP, TCP, ping, raw IPv6) it starts with the IP header, for UNIX and netlink sockets
+        with the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all
+        there is. Raises `FilterError` if the filter is invalid.
+        """
+        if wirelen is None:
+            wirelen = len(packet)
+        if self._emulated is None:
+            self._emulated = self._prepare()
+        if self.layout.live:
+            return self._run_live(bytes(packet), wirelen)
+        kept = self._emulated.run(bytes(packet), wirelen)
+        return kept if kept < wirelen else wirelen
+
+    def _prepare(self) -> ClassicProgram:
+        from kbpf.emulator.program import ClassicProgram
+
+        self.check()
+        return ClassicProgram(self.instructions, network=_NETWORK.get(self.layout.name))
+
+    def _run_live(self, data: bytes, wirelen: int) -> int:
+        from kbpf.emulator.packet import Packet
+
+        layout, offset = self.layout, 0
+        network: int | None = _NETWORK.get(layout.name, 0)
+        if layout.start == "transport" and data:
+            offset = min(len(data), (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40)
+        protocol = 0
+        if network == 14 and len(data) >= 14:
+            protocol = struct.unpack_from("!H", data, 12)[0]
+        elif layout.network and data:
+            protocol = {4: 0x0800, 6: 0x86DD}.get(data[0] >> 4, 0)
+        length = wirelen - offset
+        packet = Packet(
+            buffer=data,
+            offset=offset,
+            mac=0 if network == 14 else None,
+            network=network,
+            length=length,
+            protocol=protocol,
+        )
+        assert self._emulated is not None
+        return min(self._emulated.run_packet(packet), length)
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def __iter__(self) -> Any:
+        return iter(self.instructions)
+
+    def __eq__(self, other: object) -> bool:
+        return self.spec == other.spec if isinstance(other, Filter) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __repr__(self) -> str:
+        return f"<Filter of {len(self)} instructions for {self.layout.name}>"
+
+    def __str__(self) -> str:
+        from kbpf.asm.listing import listing
+
+        return listing(self.instructions, "d")
+
+
+def file_layout(link: str) -> Layout:
+    """The layout of captures of a link type; raises `FilterError` for one that is not known."""
+    try:
+        return FILE_LAYOUTS[link]
+    except KeyError:
+        raise FilterError(f"unknown link type {link!r}; there are {', '.join(FILE_LAYOUTS)}") from None
+
+
+def compile(
+    expression: str,
+    link: str = "EN10MB",
+    socket: Any = None,
+    snaplen: int = 262144,
+    optimize: bool = True,
+    order: Literal["traffic", "libpcap"] = "traffic",
+    names: Literal["system", "system+dns", "numeric"] = "system",
+) -> Filter:
+    """Compile a pcap-filter(7) expression.
+
+    For packets of the link type `link`, as captures hold them; or with `socket`, for what that
+    live socket's data starts with. A match keeps `snaplen` bytes. ``order="libpcap"`` gives tcpdump's order of tests,
+    the default what runs fewest instructions over usual traffic. Service, protocol and network names come from the
+    system's files; host names are looked up only with ``names="system+dns"``.
+
+    Raises `FilterSyntaxError` with the position for text that does not parse, and `FilterError` for what cannot be
+    answered there. What can never match compiles to ``ret #0``. Needs no privilege.
+    """
+    from kbpf.filter import compile_filter
+
+    layout = file_layout(link)
+    if socket is not None:
+        from kbpf.runtime.attach import backend_of
+
+        layout = backend_of(socket, None).socket_layout(socket)
+    spec = compile_filter(expression, layout, snaplen=snaplen, optimize=optimize, order=order, names=names)
+    return Filter.from_spec(spec)

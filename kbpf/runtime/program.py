@@ -1,0 +1,242 @@
+"""eBPF programs, loaded: by the kernel, or by the emulator in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kbpf.backend import Backend
+from kbpf.runtime.backends import select
+from kbpf.runtime.failures import doing
+from kbpf.runtime.map import Map
+from kbpf.runtime.resource import Resource
+from kbpf.specs import ProgramSpec
+from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.runtime.link import Link
+
+# The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
+_CONTEXTS = {
+    **dict.fromkeys(
+        ["socket_filter", "sched_cls", "sched_act", "cgroup_skb", "lwt_in", "lwt_out", "lwt_xmit"], "__sk_buff"
+    ),
+    "xdp": "xdp_md",
+    "flow_dissector": "bpf_flow_keys",
+    "sk_lookup": "bpf_sk_lookup",
+}
+
+
+class RunResult(NamedTuple):
+    """One BPF_PROG_TEST_RUN: the 32-bit return value, packet and context afterwards, the mean time of a run."""
+
+    value: int
+    data: bytes
+    context: dict[str, Any]
+    duration_ns: int
+
+
+class Program(Resource):
+    """A loaded eBPF program.
+
+    `maps` are the maps that it uses, in the order of its spec. Closing the program also closes those
+    that were made for it, and not those it was given.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        fd: int,
+        *,
+        type: str,
+        name: str = "",
+        maps: Sequence[Map] = (),
+        owned: Sequence[Map] = (),
+    ) -> None:
+        super().__init__(backend, fd, f'program "{name}" ({type})' if name else f"program ({type})")
+        self.name = name
+        #: bpftool's name of the program type.
+        self.type = type
+        self.maps: tuple[Map, ...] = tuple(maps)
+        self._owned = tuple(owned)
+
+    @classmethod
+    def open(
+        cls, *, path: str | None = None, id: int | None = None, fd: int | None = None, backend: str | None = None
+    ) -> Program:
+        """Open an existing program by pin, id or inherited descriptor; exactly one of them.
+
+        By `fd` the descriptor is duplicated: the caller keeps its own. By `id` CAP_SYS_ADMIN is needed. Raises
+        `BpfError` (ENOENT) where there is none.
+        """
+        chosen = select(backend)
+        given = [what for what in (path, id, fd) if what is not None]
+        if len(given) != 1:
+            raise TypeError("Program.open() takes exactly one of path, id and fd")
+        with doing(
+            chosen, f"open program {given[0]!r}", operation="obj_get" if path is not None else "prog_get_fd_by_id"
+        ):
+            if path is not None:
+                opened = chosen.open_pinned(path)
+            elif fd is not None:
+                opened = chosen.duplicate(fd)
+            else:
+                opened = chosen.open_by_id("program", id or 0)
+        return cls.from_fd(chosen, opened)
+
+    @classmethod
+    def from_fd(cls, backend: Backend, fd: int, *, maps: Sequence[Map] = ()) -> Program:
+        """Take over a descriptor, asking the backend what program it is."""
+        try:
+            with doing(backend, "read a program's info", operation="obj_get_info_by_fd"):
+                info = backend.program_info(fd)
+        except BaseException:
+            backend.close(fd)
+            raise
+        return cls(backend, fd, type=info.type, name=info.name, maps=maps)
+
+    @property
+    def verified(self) -> bool:
+        """Whether a verifier has accepted it: always on the kernel, not yet in the emulator."""
+        return self._backend.verifies
+
+    @property
+    def id(self) -> int:
+        with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.program_info(self.fileno()).id
+
+    @property
+    def tag(self) -> str:
+        """The digest of the instructions, sixteen hexadecimal digits, as bpftool shows it."""
+        with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.program_info(self.fileno()).tag.hex()
+
+    def run(
+        self,
+        data: bytes = b"",
+        context: Mapping[str, Any] | None = None,
+        repeat: int = 1,
+        wirelen: int | None = None,
+    ) -> RunResult:
+        """Run it over `data`, as BPF_PROG_TEST_RUN does (Linux 4.12), with the same result on both backends.
+
+        `data` is a whole frame with its Ethernet header; for a socket filter 14 to 3,712 bytes, and offset 0 is the
+        byte after the header. `context` sets fields of the program type's context by their uapi names (``{"mark":
+        7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``. Raises `BpfError` (EINVAL for
+        sizes and fields that may not be, ENODEV for an interface that is not there), `NotSupportedError` for
+        program types that cannot be run that way, and in the emulator `EmulationFault` for what a verifier would
+        have refused.
+        """
+        name = _CONTEXTS.get(self.type)
+        fields = dict(context or {})
+        if wirelen is not None:
+            fields["wire_len"] = wirelen
+        # Socket buffers always go in with their context, so that what the program wrote there comes out.
+        raw = b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
+        with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
+            done = self._backend.program_run(self.fileno(), bytes(data), raw, repeat)
+        after = unpack_context(name, done.context) if name and done.context else {}
+        return RunResult(done.value, done.data, after, done.duration_ns)
+
+    def attach(self, target: Any, *, drain: bool | None = None) -> Link:
+        """Attach to a socket with SO_ATTACH_BPF (Linux 3.19); see `kbpf.attach`.
+
+        For programs of type ``socket_filter``. Attaching to an emulated socket needs an emulated program, and the
+        other way round.
+        """
+        from kbpf.runtime.attach import attach
+
+        return attach(target, self, drain=drain)
+
+    def pin(self, path: str) -> None:
+        """Pin on a BPF file system (Linux 4.4). Raises `BpfError` (EEXIST; EINVAL where it is no bpffs)."""
+        with doing(self._backend, f"pin {self.label} at {path}", operation="obj_pin"):
+            self._backend.pin(self.fileno(), path)
+
+    def close(self) -> None:
+        super().close()
+        for map in self._owned:
+            map.close()
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name!r} {self.type}, {'closed' if self.closed else self.backend}>"
+
+
+def load_program(
+    spec: ProgramSpec,
+    maps: Sequence[Map] | Mapping[str, Map] | None = None,
+    backend: str | None = None,
+    engine: str = "auto",
+) -> Program:
+    """Load a program (BPF_PROG_LOAD), making the maps of its spec, or with existing `maps` in their place.
+
+    `maps` are given in the order of ``spec.maps``, or by name. `engine` chooses what runs an emulated program:
+    ``"auto"`` or ``"interpreter"``. Raises `VerifierError` with the log when it is refused, `PermissionDeniedError`
+    (CAP_BPF, and CAP_NET_ADMIN or CAP_PERFMON for types beyond socket filters), `ValueError` for maps that do not
+    fit. Nothing stays open after an error.
+    """
+    if engine not in ("auto", "interpreter"):
+        raise ValueError(f"engine: {engine!r} is none of auto, interpreter")
+    chosen = select(backend, program_type=spec.type)
+    made: list[Map] = []
+    try:
+        used = _maps_for(spec, maps, chosen, made)
+        for map in used:
+            if map.backend != chosen.name:
+                raise ValueError(f"{map.label} is the {map.backend}'s, the program would be the {chosen.name}'s")
+        named = f'program "{spec.name}" ({spec.type})' if spec.name else f"program ({spec.type})"
+        with doing(chosen, f"load {named}", operation="prog_load", program_type=spec.type):
+            fd = chosen.program_load(spec, [map.fileno() for map in used])
+    except BaseException:
+        for map in made:
+            map.close()
+        raise
+    return Program(chosen, fd, type=spec.type, name=spec.name, maps=used, owned=made)
+
+
+def _maps_for(
+    spec: ProgramSpec, given: Sequence[Map] | Mapping[str, Map] | None, chosen: Backend, made: list[Map]
+) -> list[Map]:
+    """The map for each of ``spec.maps``; those made here are also put into `made`."""
+    if isinstance(given, Mapping):
+        unknown = set(given) - {map.name for map in spec.maps}
+        if unknown:
+            raise ValueError(f"the program has no map {', '.join(sorted(unknown))}")
+    elif given is not None and len(given) != len(spec.maps):
+        raise ValueError(f"{len(given)} maps where the program has {len(spec.maps)}")
+    used = []
+    for index, wanted in enumerate(spec.maps):
+        existing = given.get(wanted.name) if isinstance(given, Mapping) else given[index] if given is not None else None
+        if existing is None:
+            existing = Map._create(wanted, chosen)
+            made.append(existing)
+        used.append(existing)
+    return used
+
+
+def pack_context(name: str, values: Mapping[str, Any]) -> bytes:
+    """A context structure from field values; what is not given is 0. Raises `ValueError` for an unknown field."""
+    layout = STRUCTS[name]
+    data = bytearray(layout.size)
+    for field, value in values.items():
+        if field not in layout.fields:
+            raise ValueError(f"struct {name} has no field {field!r}")
+        at, size, count = layout.fields[field]
+        parts = [value] if isinstance(value, int) else list(value)
+        if len(parts) > max(count, 1):
+            raise ValueError(f"{field} of struct {name} has {count} elements, not {len(parts)}")
+        for index, part in enumerate(parts):
+            data[at + index * size : at + index * size + size] = (part & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    return bytes(data)
+
+
+def unpack_context(name: str, data: bytes) -> dict[str, Any]:
+    """The fields of a context structure, arrays as tuples; a shorter one, from an older kernel, gives fewer."""
+    values: dict[str, Any] = {}
+    for field, (at, size, count) in STRUCTS[name].fields.items():
+        if at + size * max(count, 1) <= len(data):
+            parts = tuple(
+                int.from_bytes(data[at + i * size : at + i * size + size], "little") for i in range(max(count, 1))
+            )
+            values[field] = parts if count > 1 else parts[0]
+    return values
