@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,6 @@ from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
 from kbpf.runtime.resource import Resource
 from kbpf.specs import ProgramSpec
-from kbpf.uapi.structs import STRUCTS
 
 if TYPE_CHECKING:
     from kbpf.runtime.link import Link
@@ -216,27 +216,31 @@ def _maps_for(
 
 def pack_context(name: str, values: Mapping[str, Any]) -> bytes:
     """A context structure from field values; what is not given is 0. Raises `ValueError` for an unknown field."""
+    from kbpf.uapi.structs import STRUCTS
+
     layout = STRUCTS[name]
     data = bytearray(layout.size)
-    for field, value in values.items():
-        if field not in layout.fields:
-            raise ValueError(f"struct {name} has no field {field!r}")
-        at, size, count = layout.fields[field]
+    for name_of_field, value in values.items():
+        field = layout.fields.get(name_of_field)
+        if field is None:
+            raise ValueError(f"struct {name} has no field {name_of_field!r}")
         parts = [value] if isinstance(value, int) else list(value)
-        if len(parts) > max(count, 1):
-            raise ValueError(f"{field} of struct {name} has {count} elements, not {len(parts)}")
+        if len(parts) > field.count:
+            raise ValueError(f"{name_of_field} of struct {name} has {field.count} elements, not {len(parts)}")
         for index, part in enumerate(parts):
-            data[at + index * size : at + index * size + size] = (part & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+            at = field.offset + index * field.size
+            data[at : at + field.size] = (part & ((1 << 8 * field.size) - 1)).to_bytes(field.size, sys.byteorder)
     return bytes(data)
 
 
 def unpack_context(name: str, data: bytes) -> dict[str, Any]:
     """The fields of a context structure, arrays as tuples; a shorter one, from an older kernel, gives fewer."""
+    from kbpf.uapi.structs import STRUCTS
+
     values: dict[str, Any] = {}
-    for field, (at, size, count) in STRUCTS[name].fields.items():
-        if at + size * max(count, 1) <= len(data):
-            parts = tuple(
-                int.from_bytes(data[at + i * size : at + i * size + size], "little") for i in range(max(count, 1))
-            )
-            values[field] = parts if count > 1 else parts[0]
+    for name_of_field, (offset, size, count, _, _) in STRUCTS[name].fields.items():
+        if offset + size * count <= len(data):
+            starts = range(offset, offset + size * count, size)
+            parts = tuple(int.from_bytes(data[at : at + size], sys.byteorder) for at in starts)
+            values[name_of_field] = parts if count > 1 else parts[0]
     return values

@@ -1,0 +1,206 @@
+"""Maps as typed mappings; every fact holds on both backends."""
+
+import errno
+import struct
+
+import pytest
+
+import kbpf
+from kbpf.types import Int, Member, Struct
+
+U32 = Int(name="u32", size=4)
+U64 = Int(name="u64", size=8)
+FLOW = Struct(
+    name="flow", size=8, members=(Member(name="host", type=U32), Member(name="port", type=U32, bit_offset=32))
+)
+
+
+def typed(type="hash", max_entries=8, **more):
+    return kbpf.MapSpec(
+        type=type, key_size=4, value_size=8, max_entries=max_entries, name="typed", key_type=U32, value_type=U64, **more
+    )
+
+
+def test_a_hash_is_a_mutable_mapping(backend):
+    with kbpf.Map.create(typed(), backend=backend) as map:
+        assert map.backend == backend
+        map[5] = 50
+        map[6] = 60
+        assert map[5] == 50
+        assert dict(map.items()) == {5: 50, 6: 60}
+        assert sorted(map) == [5, 6]
+        assert sorted(map.values()) == [50, 60]
+        assert len(map) == 2
+        assert 5 in map
+        assert 7 not in map
+        del map[5]
+        assert map.get(5, "gone") == "gone"
+        assert map.pop(6) == 60
+        assert map.snapshot() == {}
+
+
+def test_a_missing_key_is_a_key_error(backend):
+    with kbpf.Map.create(typed(), backend=backend) as map:
+        with pytest.raises(KeyError, match="9"):
+            map[9]
+        with pytest.raises(KeyError):
+            del map[9]
+
+
+def test_an_array_holds_every_index_from_the_start(backend):
+    with kbpf.Map.create(typed("array", 4), backend=backend) as map:
+        map[2] = 7
+        assert map.snapshot() == {0: 0, 1: 0, 2: 7, 3: 0}
+        assert len(map) == 4
+        with pytest.raises(KeyError):
+            map[4]
+        with pytest.raises(kbpf.BpfError, match="last index is 3") as caught:
+            map[4] = 1
+        assert caught.value.errno == errno.E2BIG
+        with pytest.raises(kbpf.BpfError) as caught:
+            del map[0]
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_a_full_hash_says_so(backend):
+    with kbpf.Map.create(typed(max_entries=2), backend=backend) as map:
+        map[1] = 1
+        map[2] = 2
+        with pytest.raises(kbpf.MapFullError, match="it holds 2 entries"):
+            map[3] = 3
+        map[2] = 4
+        assert map.snapshot() == {1: 1, 2: 4}
+
+
+def test_bytes_go_in_and_out_where_there_is_no_type(backend):
+    spec = kbpf.MapSpec(type="hash", key_size=3, value_size=5, max_entries=4)
+    with kbpf.Map.create(spec, backend=backend) as map:
+        map[b"abc"] = b"12345"
+        assert map.snapshot() == {b"abc": b"12345"}
+        with pytest.raises(ValueError, match="2 bytes where 3"):
+            map[b"ab"]
+
+
+def test_struct_keys_are_named_tuples(backend):
+    spec = kbpf.MapSpec(type="hash", key_size=8, value_size=8, max_entries=4, key_type=FLOW, value_type=U64)
+    with kbpf.Map.create(spec, backend=backend) as map:
+        map[{"host": 1, "port": 2}] = 3
+        (key,) = map
+        assert (key.host, key.port) == (1, 2)
+        assert map[key] == 3
+        assert map[1, 2] == 3
+
+
+@pytest.mark.parametrize("type", ["percpu_array", "percpu_hash"])
+def test_per_cpu_values_have_a_slot_for_each_possible_cpu(backend, type):
+    with kbpf.Map.create(typed(type, 2), backend=backend) as map:
+        cpus = map.value_codec.size // 8
+        map[1] = range(cpus)
+        assert map[1] == tuple(range(cpus))
+        assert map[1].sum() == sum(range(cpus))
+        assert map.snapshot()[1].sum() == sum(range(cpus))
+
+
+def test_more_entries_than_one_batch_are_all_read(backend):
+    count = 20_000
+    with kbpf.Map.create(typed(max_entries=count), backend=backend) as map:
+        for key in range(count):
+            map[key] = key * 3
+        assert map.snapshot() == {key: key * 3 for key in range(count)}
+        assert len(map) == count
+
+
+def test_first_contents_go_in_and_then_it_is_frozen(backend):
+    spec = typed("array", 2, contents=((struct.pack("=I", 1), struct.pack("=Q", 9)),), frozen=True)
+    with kbpf.Map.create(spec, backend=backend) as map:
+        assert map[1] == 9
+        with pytest.raises(kbpf.PermissionDeniedError):
+            map[0] = 1
+
+
+def test_contents_that_do_not_fit_leave_nothing_open(backend):
+    spec = typed("array", 2, contents=((struct.pack("=I", 2), struct.pack("=Q", 9)),))
+    with pytest.raises(kbpf.BpfError, match="fill map"):
+        kbpf.Map.create(spec, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "number"),
+    [
+        (kbpf.MapSpec(type="hash", key_size=0, value_size=8, max_entries=1), errno.EINVAL),
+        (kbpf.MapSpec(type="array", key_size=8, value_size=8, max_entries=1), errno.EINVAL),
+        (kbpf.MapSpec(type="array", key_size=4, value_size=8, max_entries=0), errno.EINVAL),
+        (kbpf.MapSpec(type="hash", key_size=4, value_size=8, max_entries=1, flags=1 << 30), errno.EINVAL),
+    ],
+)
+def test_a_map_that_cannot_be_is_refused_with_the_kernels_errno(backend, wrong, number):
+    with pytest.raises(kbpf.BpfError, match="create map") as caught:
+        kbpf.Map.create(wrong, backend=backend)
+    assert caught.value.errno == number
+
+
+def test_a_closed_map_says_so(backend):
+    map = kbpf.Map.create(typed(), backend=backend)
+    map.close()
+    map.close()
+    with pytest.raises(kbpf.BpfError, match="closed") as caught:
+        map[1]
+    assert caught.value.errno == errno.EBADF
+    assert "closed" in repr(map)
+
+
+def test_a_map_dropped_open_warns(backend):
+    map = kbpf.Map.create(typed(), backend=backend)
+    with pytest.warns(ResourceWarning, match='map "typed" was dropped open'):
+        del map
+
+
+def test_a_map_opens_again_by_its_descriptor_and_id(backend):
+    with kbpf.Map.create(typed(), backend=backend) as map:
+        map[1] = 11
+        with kbpf.Map.open(fd=map.fileno(), backend=backend) as same:
+            assert same.fileno() != map.fileno()
+            assert same[struct.pack("=I", 1)] == struct.pack("=Q", 11)
+        with kbpf.Map.open(id=map.id, backend=backend) as same:
+            assert (same.name, same.type, same.shape.max_entries) == ("typed", "hash", 8)
+
+
+def test_opening_takes_exactly_one_way(backend):
+    with pytest.raises(TypeError, match="exactly one"):
+        kbpf.Map.open(backend=backend)
+
+
+def test_update_flags_are_the_kernels(backend):
+    with kbpf.Map.create(typed(), backend=backend) as map:
+        with pytest.raises(KeyError):
+            map.update_element(1, 1, flags=2)
+        map.update_element(1, 1, flags=1)
+        with pytest.raises(kbpf.BpfError) as caught:
+            map.update_element(1, 2, flags=1)
+        assert caught.value.errno == errno.EEXIST
+
+
+def test_a_map_without_batch_commands_is_still_read_whole(backend):
+    spec = kbpf.MapSpec(type="lpm_trie", key_size=8, value_size=4, max_entries=8, flags=1, value_type=U32)
+    if backend == "emulator":
+        pytest.importorskip("kbpf.emulator.maps.lpm_trie")
+    with kbpf.Map.create(spec, backend=backend) as map:
+        keys = [struct.pack("=I4s", length, b"\x0a\0\0\0") for length in (8, 16, 24)]
+        for value, key in enumerate(keys):
+            map[key] = value
+        assert map.snapshot() == {key: value for value, key in enumerate(keys)}
+
+
+@pytest.mark.requires("kernel")
+def test_a_pinned_map_outlives_its_descriptor(tmp_path):
+    path = f"/sys/fs/bpf/kbpf-test-{tmp_path.name}"
+    try:
+        with kbpf.Map.create(typed(), backend="kernel") as map:
+            map[1] = 2
+            map.pin(path)
+        with kbpf.Map.open(path=path, backend="kernel") as again:
+            assert again[struct.pack("=I", 1)] == struct.pack("=Q", 2)
+    finally:
+        from pathlib import Path
+
+        Path(path).unlink()
