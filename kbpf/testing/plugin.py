@@ -55,9 +55,13 @@ class LeakCheck:
     """
 
     def __init__(self) -> None:
-        self.before = leaks.snapshot()
+        self.before: leaks.Snapshot | None = None
         self.first_seen: dict[str, str] = {}
         self.report: list[str] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self) -> None:
+        self.before = leaks.snapshot()
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -66,6 +70,8 @@ class LeakCheck:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.before is None:
+            return
         extra = leaks.leaked(self.before)
         for kind, found in extra._asdict().items():
             for what in sorted(found):

@@ -16,7 +16,8 @@ def pytest_on(folder: Path, code: str, **environment: str) -> subprocess.Complet
     (folder / "conftest.py").write_text('pytest_plugins = ["kbpf.testing.plugin"]\n')
     (folder / "test_inner.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "--rootdir", str(folder), str(folder)]
-    env = {**os.environ, "KBPF_REQUIRE": "", "PYTHONPATH": str(ROOT), "PATH": "/nonexistent", **environment}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": "/nonexistent"}
+    env |= {"KBPF_REQUIRE": "", **environment}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
