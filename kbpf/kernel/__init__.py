@@ -1,0 +1,1 @@
+"""The real kernel: syscalls, sockets, probes, bcc. Import `kernel_backend` from `kbpf.kernel.backend`."""

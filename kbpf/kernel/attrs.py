@@ -1,0 +1,76 @@
+"""``union bpf_attr`` and the info structures, packed and read by the names that linux/bpf.h gives their members."""
+
+from __future__ import annotations
+
+import sys
+
+from kbpf.kernel import syscall
+from kbpf.uapi.enums import COMMANDS
+from kbpf.uapi.structs import ATTRS, STRUCTS, Struct
+
+
+def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:
+    """A structure with these members set and all others 0."""
+    data = bytearray(layout.size)
+    for name, value in values.items():
+        field = layout.fields[name]
+        if isinstance(value, int):
+            value = (value & ((1 << 8 * field.size) - 1)).to_bytes(field.size, sys.byteorder)
+        data[field.offset : field.offset + len(value)] = value
+    return data
+
+
+def member(layout: Struct, data: bytes | bytearray, name: str) -> int:
+    """An integer member; 0 where `data` comes from a kernel that did not have it yet."""
+    offset, size, _, bits, shift = layout.fields[name]
+    value = int.from_bytes(data[offset : offset + size], sys.byteorder)
+    return value >> shift & ((1 << bits) - 1) if bits else value
+
+
+class Attr:
+    """The attributes of one command of bpf(2), named as bpftool would; after `issue` also what the kernel wrote."""
+
+    def __init__(self, name: str, **values: int | bytes) -> None:
+        self._command = COMMANDS[name]
+        self._layout = ATTRS[name]
+        self._data = pack(self._layout, values)
+
+    def issue(self) -> int:
+        return syscall.bpf(self._command, self._data)
+
+    def __getitem__(self, name: str) -> int:
+        return member(self._layout, self._data, name)
+
+
+def command(name: str, **values: int | bytes) -> int:
+    """Issue a command of bpf(2) whose attributes nobody reads afterwards."""
+    return Attr(name, **values).issue()
+
+
+class Info:
+    """What BPF_OBJ_GET_INFO_BY_FD (Linux 4.13) tells of a descriptor, in the structure called `kind`.
+
+    `asked` are members set beforehand: where variable parts go, and how much room is there.
+    """
+
+    def __init__(self, kind: str, fd: int, **asked: int) -> None:
+        self._layout = STRUCTS[kind]
+        memory = syscall.Buffer(bytes(pack(self._layout, dict(asked))))
+        command("obj_get_info_by_fd", bpf_fd=fd, info_len=memory.size, info=memory.address)
+        self._data = memory.read()
+
+    def __getitem__(self, name: str) -> int:
+        return member(self._layout, self._data, name)
+
+    def text(self, name: str) -> str:
+        """A member that is a C string. The kernel lets Latin-1 letters through in names."""
+        return self.raw(name).split(b"\0")[0].decode("latin-1")
+
+    def raw(self, name: str) -> bytes:
+        field = self._layout.fields[name]
+        return self._data[field.offset : field.offset + field.size * field.count]
+
+
+def object_name(name: str) -> bytes:
+    """A map's or program's name as the kernel takes it: letters, digits, ``_`` and ``.``, 15 bytes at the most."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15].encode()

@@ -1,0 +1,37 @@
+"""The kernel as a backend: bpf(2) and sockets, carried out by the running Linux.
+
+Needs CAP_BPF (CAP_SYS_ADMIN before Linux 5.8) for most of bpf(2), and nothing for classic filters beyond what
+`kbpf.kernel.sockets` says. Every descriptor that it gives is close-on-exec.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+from kbpf.backend import Backend
+from kbpf.kernel.maps import MapCommands
+from kbpf.kernel.objects import ObjectCommands
+from kbpf.kernel.programs import ProgramCommands
+from kbpf.kernel.sockets import SocketCalls
+
+
+class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls):
+    """`kbpf.backend.Backend` on the running kernel."""
+
+    name: Literal["kernel"] = "kernel"
+    #: The kernel verifies every program that it loads.
+    verifies = True
+
+    def explain_denied(
+        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+    ) -> tuple[str, ...]:
+        from kbpf.kernel.denied import explain_denied
+
+        return explain_denied(operation, errno, program_type=program_type, map_type=map_type)
+
+
+@cache
+def kernel_backend() -> Backend:
+    """The one instance."""
+    return KernelBackend()

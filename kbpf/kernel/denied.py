@@ -1,0 +1,147 @@
+"""Why EPERM or EACCES came: what this process lacks, and what to do about it.
+
+Only what was read from this process and this kernel is said. Memory limits are no reason: since Linux 5.11 BPF is
+charged to the memory control group, and a refusal for memory is ENOMEM.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+
+from kbpf.backend import SocketLike
+from kbpf.kernel import probes
+from kbpf.kernel.sockets import socket_option
+from kbpf.uapi import constants as uapi
+from kbpf.uapi.enums import COMMANDS
+
+_LOCKED = "the socket's filter is locked (SO_LOCK_FILTER): nobody can change or detach it, and nothing unlocks it"
+
+# Commands that need a capability whatever they work on (kernel/bpf/syscall.c).
+_ADMIN_COMMANDS = frozenset(
+    "prog_get_next_id map_get_next_id btf_get_next_id link_get_next_id prog_get_fd_by_id map_get_fd_by_id "
+    "btf_get_fd_by_id link_get_fd_by_id enable_stats".split()
+)
+_READS = frozenset(["map_lookup_elem", "map_get_next_key", "map_lookup_batch"])
+_WRITES = frozenset(
+    "map_update_elem map_delete_elem map_lookup_and_delete_elem map_update_batch map_delete_batch "
+    "map_lookup_and_delete_batch".split()
+)
+
+
+def explain_denied(
+    operation: str, errno: int, *, program_type: str = "", map_type: str = "", socket: SocketLike | None = None
+) -> tuple[str, ...]:
+    """Reasons and remedies, a line each; see `kbpf.backend.Backend.explain_denied`.
+
+    `operation` is a bpf(2) command (``prog_load``), a socket option (``SO_ATTACH_FILTER``) or
+    ``socket(AF_PACKET)``. With `socket` the reason for a refused option is read from it, not inferred.
+    """
+    if operation == "socket(AF_PACKET)":
+        return _capability_in_namespace("CAP_NET_RAW", "opening a packet socket")
+    if operation.startswith("SO_"):
+        return _socket_option(operation, errno, socket)
+    if operation not in COMMANDS:
+        return ()
+    blocked = probes.bpf_answers()
+    if blocked:
+        return _blocked(blocked)
+    if operation in ("obj_get", "obj_pin"):
+        return _pin(operation, errno)
+    if operation in _READS:
+        return ("the map may not be read from user space (BPF_F_WRONLY, or opened write-only)",)
+    if operation in _WRITES:
+        return ("the map is frozen or read-only for user space (BPF_F_RDONLY, or opened read-only)",)
+    if operation == "map_freeze":
+        return ("the map is frozen already, or read-only for user space (BPF_F_RDONLY)",)
+    return _capabilities(operation, program_type, map_type)
+
+
+def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str, ...]:
+    process = probes.privileges()
+    if operation in _ADMIN_COMMANDS:
+        needed: tuple[str, ...] = ("CAP_SYS_ADMIN",)
+    elif map_type:
+        needed = probes.map_capabilities(map_type)
+    else:
+        needed = probes.program_capabilities(program_type)
+    lacking = process.lacks(needed)
+    if not lacking:
+        return _security_module(process)
+    named = " and ".join(lacking)
+    if not process.initial_user_namespace:
+        return (
+            f"{named} would have to be held in the initial user namespace: capabilities in a user namespace do not count",
+            "run outside the user namespace with these capabilities, or set KBPF_BACKEND=emulator",
+        )
+    reason = f"the process lacks {named}"
+    disabled = process.unprivileged_bpf_disabled
+    if disabled and probes.open_to_all(program_type=program_type, map_type=map_type):
+        reason += f", and kernel.unprivileged_bpf_disabled is {disabled}"
+    return reason, f"run as root, grant {named}, or set KBPF_BACKEND=emulator"
+
+
+def _security_module(process: probes.Privileges) -> tuple[str, ...]:
+    if process.lockdown not in (None, "none"):
+        return (
+            f"the process has the capabilities, but the kernel is locked down ({process.lockdown})",
+            "boot without lockdown (Secure Boot turns it on), or set KBPF_BACKEND=emulator",
+        )
+    reason = "the process has the capabilities: lockdown or another security module of the kernel refuses"
+    if process.lockdown is None:
+        return (
+            reason,
+            "whether the kernel is locked down cannot be read until securityfs is mounted: "
+            "mount -t securityfs none /sys/kernel/security",
+        )
+    return (reason,)
+
+
+def _blocked(number: int) -> tuple[str, ...]:
+    if number == errnos.ENOSYS:
+        return ("this kernel has no bpf(2), or seccomp hides it", "set KBPF_BACKEND=emulator")
+    mode = probes.privileges().seccomp
+    who = "a seccomp filter" if mode else "a security module"
+    return (
+        f"{who} refuses every bpf(2) of this process",
+        "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator",
+    )
+
+
+def _pin(operation: str, errno: int) -> tuple[str, ...]:
+    if operation == "obj_get" or errno == errnos.EACCES:
+        return ("the file system's permissions: pins are made with mode 0600, for their owner",)
+    mounted = probes.bpffs()
+    reason = "pins are made only on a BPF file system, under names without a dot"
+    return (reason, f"one is mounted at {mounted}" if mounted else "mount one: mount -t bpf bpf /sys/fs/bpf")
+
+
+def _socket_option(operation: str, errno: int, socket: SocketLike | None) -> tuple[str, ...]:
+    if operation == "SO_GET_FILTER":
+        return ("an eBPF program is in the socket's slot, and which one cannot be read back",)
+    if errno != errnos.EPERM:
+        return ()
+    if operation != "SO_ATTACH_FILTER":
+        return (_LOCKED,)
+    tcp = _capability_in_namespace("CAP_NET_ADMIN", "a classic filter on a TCP socket")
+    if socket is not None:
+        return (_LOCKED,) if _is_locked(socket) else tcp
+    if "CAP_NET_ADMIN" in probes.privileges().effective:
+        return (_LOCKED,)
+    return *tcp, "on other sockets: " + _LOCKED
+
+
+def _is_locked(socket: SocketLike) -> bool:
+    try:
+        return bool(socket_option(socket.fileno(), uapi.SO_LOCK_FILTER))
+    except OSError:
+        return False
+
+
+def _capability_in_namespace(capability: str, what: str) -> tuple[str, ...]:
+    """Network capabilities count in the user namespace that owns the network namespace."""
+    if capability in probes.privileges().effective:
+        return (f"{what} takes {capability} in the user namespace that owns the socket's network namespace",)
+    return (
+        f"{what} takes {capability}, which the process lacks",
+        f"run as root, grant {capability}, or work in a network namespace of your own (unshare -Urn)",
+    )

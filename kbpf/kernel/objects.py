@@ -1,0 +1,61 @@
+"""Pins (Linux 4.4), ids (4.13) and descriptors of maps and programs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Literal
+
+from kbpf.kernel import syscall
+from kbpf.kernel.attrs import Attr, command
+
+Kind = Literal["map", "program"]
+
+# How bpf(2) abbreviates them in its commands and attributes.
+_PREFIX = {"map": "map", "program": "prog"}
+
+
+class ObjectCommands:
+    """The part of the backend that maps and programs have in common."""
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def duplicate(self, fd: int) -> int:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+    def pin(self, fd: int, path: str) -> None:
+        memory = _path(path)
+        command("obj_pin", pathname=memory.address, bpf_fd=fd)
+
+    def open_pinned(self, path: str, flags: int = 0) -> int:
+        memory = _path(path)
+        return command("obj_get", pathname=memory.address, file_flags=flags)
+
+    def unpin(self, path: str) -> None:
+        Path(path).unlink()
+
+    def open_by_id(self, kind: Kind, id: int) -> int:
+        prefix = _PREFIX[kind]
+        return command(f"{prefix}_get_fd_by_id", **{f"{prefix}_id": id})
+
+    def ids(self, kind: Kind) -> list[int]:
+        found: list[int] = []
+        while True:
+            attr = Attr(f"{_PREFIX[kind]}_get_next_id", start_id=found[-1] if found else 0)
+            try:
+                attr.issue()
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return found
+                raise
+            found.append(attr["next_id"])
+
+
+def _path(path: str) -> syscall.Buffer:
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:
+        raise ValueError("a path has no NUL byte")
+    return syscall.Buffer(encoded + b"\0")

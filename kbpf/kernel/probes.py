@@ -1,0 +1,170 @@
+"""What this process may do: capabilities, sysctls, lockdown, seccomp, user namespaces.
+
+Read afresh each time it is asked for: a process may give up privileges, enter a namespace or get a seccomp filter at
+any moment, and asking takes less time than making a map.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from kbpf.kernel.attrs import command
+from kbpf.uapi import constants as uapi
+from kbpf.uapi.enums import MAP_TYPES
+
+#: The capabilities that decide over BPF, by name.
+CAPABILITIES = {
+    name: getattr(uapi, name)
+    for name in ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_SYS_RESOURCE")
+}
+
+# What loading takes beyond CAP_BPF (is_net_admin_prog_type and is_perfmon_prog_type in kernel/bpf/syscall.c).
+_NET_ADMIN_PROGRAMS = frozenset(
+    "sched_cls sched_act xdp lwt_in lwt_out lwt_xmit lwt_seg6local sk_skb sk_msg lirc_mode2 flow_dissector "
+    "cgroup_device cgroup_sock cgroup_sock_addr cgroup_sockopt cgroup_sysctl sock_ops ext netfilter".split()
+)
+_PERFMON_PROGRAMS = frozenset(
+    "kprobe tracepoint perf_event raw_tracepoint raw_tracepoint_writable tracing lsm struct_ops ext".split()
+)
+# What a process without capabilities may have where kernel.unprivileged_bpf_disabled is 0.
+_OPEN_PROGRAMS = frozenset(["socket_filter", "cgroup_skb"])
+_OPEN_MAPS = frozenset(
+    "array percpu_array prog_array perf_event_array cgroup_array array_of_maps hash percpu_hash hash_of_maps "
+    "ringbuf user_ringbuf cgroup_storage percpu_cgroup_storage".split()
+)
+_NET_ADMIN_MAPS = frozenset("sockmap sockhash devmap devmap_hash xskmap".split())
+
+# The inode of /proc/PID/ns/user in the first user namespace: fixed by the kernel (PROC_USER_INIT_INO).
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD
+
+
+class Privileges(NamedTuple):
+    """What this thread may do. None where it cannot be read."""
+
+    #: Names of `CAPABILITIES` that are effective, in whatever user namespace this is.
+    effective: frozenset[str]
+    #: Capabilities count for bpf(2) only in the first user namespace.
+    initial_user_namespace: bool
+    #: ``kernel.unprivileged_bpf_disabled``: 0 no, 1 for good, 2 until changed.
+    unprivileged_bpf_disabled: int | None
+    #: ``none``, ``integrity``, ``confidentiality``.
+    lockdown: str | None
+    #: 0 none, 1 strict, 2 a filter.
+    seccomp: int
+    no_new_privs: bool
+
+    def has(self, capability: str) -> bool:
+        """Whether a capability counts for bpf(2). CAP_SYS_ADMIN includes those that were split off it."""
+        return self.initial_user_namespace and not self.effective.isdisjoint((capability, "CAP_SYS_ADMIN"))
+
+    def lacks(self, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in capabilities if not self.has(name))
+
+
+def privileges() -> Privileges:
+    status = _status()
+    effective = int(status.get("CapEff", "0"), 16)
+    disabled = read_text("/proc/sys/kernel/unprivileged_bpf_disabled")
+    return Privileges(
+        frozenset(name for name, bit in CAPABILITIES.items() if effective >> bit & 1),
+        in_initial_user_namespace(),
+        int(disabled) if disabled is not None else None,
+        lockdown(),
+        int(status.get("Seccomp", "0")),
+        status.get("NoNewPrivs") == "1",
+    )
+
+
+def may_use_bpf(program_type: str | None = None) -> bool:
+    """Whether this process may create maps, and load programs of this type where one is given.
+
+    Answered by creating the smallest map and letting it go, which asks everybody who may refuse (capabilities, sysctl,
+    seccomp, security modules, a token), and from the capabilities that the program type takes. Where lockdown alone
+    stands in the way it is still true: that is for the load to report.
+    """
+    if not _may_create_map():
+        return False
+    if program_type is None or program_type in _OPEN_PROGRAMS:
+        return True
+    return not privileges().lacks(program_capabilities(program_type))
+
+
+def program_capabilities(program_type: str) -> tuple[str, ...]:
+    """The capabilities that loading a program of this type takes (Linux 5.8; all of them CAP_SYS_ADMIN before)."""
+    needed = ["CAP_BPF"]
+    if program_type in _NET_ADMIN_PROGRAMS:
+        needed.append("CAP_NET_ADMIN")
+    if program_type in _PERFMON_PROGRAMS:
+        needed.append("CAP_PERFMON")
+    return tuple(needed)
+
+
+def map_capabilities(map_type: str) -> tuple[str, ...]:
+    """The capabilities that creating a map of this type takes."""
+    return ("CAP_BPF", "CAP_NET_ADMIN") if map_type in _NET_ADMIN_MAPS else ("CAP_BPF",)
+
+
+def open_to_all(*, program_type: str = "", map_type: str = "") -> bool:
+    """Whether ``kernel.unprivileged_bpf_disabled=0`` would be enough."""
+    return program_type in _OPEN_PROGRAMS or map_type in _OPEN_MAPS
+
+
+def bpf_answers() -> int:
+    """0 if bpf(2) is there and let through to the kernel, else the errno that it meets: ENOSYS, or what seccomp says.
+
+    Asked with a look-up on a descriptor that cannot be: EBADF is the answer of a kernel that is asked.
+    """
+    try:
+        command("map_lookup_elem", map_fd=-1)
+    except OSError as error:
+        return 0 if error.errno == errno.EBADF else error.errno or 0
+    return 0
+
+
+def in_initial_user_namespace() -> bool:
+    try:
+        return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+    except OSError:
+        return True  # No /proc, or a kernel without user namespaces.
+
+
+def lockdown() -> str | None:
+    """The level of kernel lockdown; None where securityfs is not mounted or the kernel has no lockdown."""
+    text = read_text("/sys/kernel/security/lockdown")
+    return next((word.strip("[]") for word in (text or "").split() if word.startswith("[")), None)
+
+
+def bpffs() -> str | None:
+    """Where a BPF file system is mounted: the first place that this process can see."""
+    for line in (read_text("/proc/self/mounts") or "").splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if kind == "bpf":
+            return place
+    return None
+
+
+def read_text(path: str) -> str | None:
+    """A small file of /proc or /sys, stripped; None where it is not there or may not be read."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _status() -> dict[str, str]:
+    # Capabilities belong to the thread.
+    text = read_text("/proc/thread-self/status") or ""
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def _may_create_map() -> bool:
+    try:
+        fd = command("map_create", map_type=MAP_TYPES["array"], key_size=4, value_size=4, max_entries=1)
+    except OSError as error:
+        # Lack of memory or descriptors says nothing about permission: the user's own call is to report that.
+        return error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS)
+    os.close(fd)
+    return True

@@ -1,0 +1,185 @@
+"""The one door to the kernel: bpf(2), and the socket calls that Python's `socket` gets wrong for filters.
+
+The only place that knows a syscall number, and with `kbpf.kernel.bcc` the only one in this package that uses ctypes.
+Everything here raises plain `OSError`. New bpf descriptors are close-on-exec: the kernel makes them so, always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Callable
+
+from kbpf.errors import errno_text
+
+# (64-bit, 32-bit) numbers of bpf(2) by uname's machine; where a machine is not listed, those of asm-generic/unistd.h.
+_GENERIC = (280, 280)
+_NUMBERS = {
+    "x86_64": (321, 357),
+    "i686": (0, 357),
+    "i586": (0, 357),
+    "aarch64": (280, 386),
+    "armv7l": (0, 386),
+    "armv6l": (0, 386),
+    "ppc64le": (361, 361),
+    "ppc64": (361, 361),
+    "ppc": (0, 361),
+    "s390x": (351, 351),
+    "mips64": (5315, 4355),
+    "mips": (0, 4355),
+    "sparc64": (349, 349),
+}
+_wide, _narrow = _NUMBERS.get(os.uname().machine, _GENERIC)
+_SYS_BPF = _wide if struct.calcsize("P") == 8 else _narrow
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_ulong]
+_libc.recv.restype = ctypes.c_ssize_t
+_libc.recv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.bind.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
+
+# What libbpf gives a program load that is interrupted by signals.
+_AGAIN_TRIES = 5
+
+_ELEMENT = struct.Struct("=I4xQQQ")
+#: The command number of BPF_MAP_LOOKUP_ELEM, which `element_reader` issues.
+_LOOKUP_ELEM = 1
+
+
+class Buffer:
+    """Memory that the kernel may read and write, at a fixed `address` as long as this object lives."""
+
+    __slots__ = ("_array", "address", "size")
+
+    def __init__(self, contents: int | bytes) -> None:
+        """`contents`: that many zero bytes, or these bytes."""
+        if isinstance(contents, int):
+            self._array = ctypes.create_string_buffer(max(contents, 1))
+            self.size = contents
+        else:
+            self._array = ctypes.create_string_buffer(contents, max(len(contents), 1))
+            self.size = len(contents)
+        self.address = ctypes.addressof(self._array)
+
+    def read(self, size: int | None = None) -> bytes:
+        """The first `size` bytes; all of them by default."""
+        return ctypes.string_at(self._array, self.size if size is None else min(size, self.size))
+
+
+def failure(number: int) -> OSError:
+    """The error for an errno, as the subclass that Python has for it."""
+    return OSError(number, errno_text(number))
+
+
+def _last_failure() -> OSError:
+    return failure(ctypes.get_errno())
+
+
+def bpf(command: int, attr: bytearray) -> int:
+    """bpf(2). What the kernel writes into the attributes is in `attr` afterwards.
+
+    The attributes are sent only as far as they are not zero, so that a kernel which does not know the last of them
+    accepts the call. A call that a signal interrupted is made again, as PEP 475 has it.
+    """
+    # The kernel may write to fields behind the size it was told: the memory is always whole.
+    memory = (ctypes.c_char * len(attr)).from_buffer(attr)
+    size = -(-len(attr.rstrip(b"\0")) // 8) * 8
+    tries = 0
+    while True:
+        result = int(_syscall(_SYS_BPF, command, ctypes.addressof(memory), size))
+        if result >= 0:
+            return result
+        number = ctypes.get_errno()
+        if number == errno.EAGAIN:
+            tries += 1
+        if number not in (errno.EINTR, errno.EAGAIN) or tries == _AGAIN_TRIES:
+            raise failure(number)
+
+
+def element_reader(fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
+    """BPF_MAP_LOOKUP_ELEM on one map, bound: one Python frame over the system call.
+
+    None for ENOENT, other errnos raise; a key of another length than `key_size` is a `ValueError`. Any number of
+    threads may call it, and signal handlers too: each call takes its buffers off a list, or makes new ones.
+    """
+    key_array, value_array = ctypes.c_char * key_size, ctypes.c_char * value_size
+
+    def slot() -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char], int]:
+        key, value = key_array(), value_array()
+        packed = _ELEMENT.pack(fd, ctypes.addressof(key), ctypes.addressof(value), 0)
+        attr = (ctypes.c_char * len(packed)).from_buffer_copy(packed)
+        return key, value, attr, ctypes.addressof(attr)
+
+    free = [slot()]
+    take, give = free.pop, free.append
+    call, number, size, get_errno = _syscall, _SYS_BPF, _ELEMENT.size, ctypes.get_errno
+    missing = errno.ENOENT
+
+    def read(wanted: bytes) -> bytes | None:
+        if len(wanted) != key_size:
+            raise ValueError(f"a key of {len(wanted)} bytes where the map has {key_size}")
+        try:
+            buffers = take()
+        except IndexError:
+            buffers = slot()
+        key, value, _, attr = buffers
+        key.raw = wanted
+        found = value.raw if call(number, _LOOKUP_ELEM, attr, size) == 0 else None
+        if found is None and get_errno() != missing:
+            raise _last_failure()
+        give(buffers)
+        return found
+
+    return read
+
+
+def setsockopt(fd: int, level: int, option: int, value: bytes) -> None:
+    """setsockopt(2), with the bytes as they are."""
+    if _libc.setsockopt(fd, level, option, value, len(value)):
+        raise _last_failure()
+
+
+def set_filter(fd: int, level: int, option: int, count: int, program: bytes) -> None:
+    """setsockopt(2) with a ``struct sock_fprog`` of `count` instructions."""
+    instructions = Buffer(program)
+    setsockopt(fd, level, option, struct.pack("@HP", count, instructions.address))
+
+
+def getsockopt(fd: int, level: int, option: int, room: int, optlen: int | None = None) -> tuple[bytes, int]:
+    """getsockopt(2): what was written into `room` bytes, and the length that the kernel gives back.
+
+    `optlen` is the length that the kernel is told, where that is not counted in bytes (SO_GET_FILTER).
+    """
+    memory = ctypes.create_string_buffer(max(room, 1))
+    length = ctypes.c_uint32(room if optlen is None else optlen)
+    if _libc.getsockopt(fd, level, option, memory, ctypes.byref(length)):
+        raise _last_failure()
+    return memory.raw[:room], length.value
+
+
+def getsockname(fd: int, room: int = 128) -> bytes:
+    """getsockname(2): the raw socket address."""
+    memory = ctypes.create_string_buffer(room)
+    length = ctypes.c_uint32(room)
+    if _libc.getsockname(fd, memory, ctypes.byref(length)):
+        raise _last_failure()
+    return memory.raw[: length.value]
+
+
+def bind(fd: int, address: bytes) -> None:
+    """bind(2) with a raw socket address."""
+    if _libc.bind(fd, address, len(address)):
+        raise _last_failure()
+
+
+def recv(fd: int, room: int, flags: int) -> int:
+    """recv(2) into memory that is then forgotten; returns what it returned."""
+    memory = ctypes.create_string_buffer(max(room, 1))
+    result = int(_libc.recv(fd, memory, room, flags))
+    if result < 0:
+        raise _last_failure()
+    return result
