@@ -18,13 +18,28 @@ _LOCKED = "the socket's filter is locked (SO_LOCK_FILTER): nobody can change or 
 
 # Commands that need a capability whatever they work on (kernel/bpf/syscall.c).
 _ADMIN_COMMANDS = frozenset(
-    "prog_get_next_id map_get_next_id btf_get_next_id link_get_next_id prog_get_fd_by_id map_get_fd_by_id "
-    "btf_get_fd_by_id link_get_fd_by_id enable_stats".split()
+    [
+        "prog_get_next_id",
+        "map_get_next_id",
+        "btf_get_next_id",
+        "link_get_next_id",
+        "prog_get_fd_by_id",
+        "map_get_fd_by_id",
+        "btf_get_fd_by_id",
+        "link_get_fd_by_id",
+        "enable_stats",
+    ]
 )
 _READS = frozenset(["map_lookup_elem", "map_get_next_key", "map_lookup_batch"])
 _WRITES = frozenset(
-    "map_update_elem map_delete_elem map_lookup_and_delete_elem map_update_batch map_delete_batch "
-    "map_lookup_and_delete_batch".split()
+    [
+        "map_update_elem",
+        "map_delete_elem",
+        "map_lookup_and_delete_elem",
+        "map_update_batch",
+        "map_delete_batch",
+        "map_lookup_and_delete_batch",
+    ]
 )
 
 
@@ -70,7 +85,7 @@ def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str
     named = " and ".join(lacking)
     if not process.initial_user_namespace:
         return (
-            f"{named} would have to be held in the initial user namespace: capabilities in a user namespace do not count",
+            f"{named} must be held in the initial user namespace: those of another user namespace do not count",
             "run outside the user namespace with these capabilities, or set KBPF_BACKEND=emulator",
         )
     reason = f"the process lacks {named}"

@@ -23,19 +23,61 @@ CAPABILITIES = {
 
 # What loading takes beyond CAP_BPF (is_net_admin_prog_type and is_perfmon_prog_type in kernel/bpf/syscall.c).
 _NET_ADMIN_PROGRAMS = frozenset(
-    "sched_cls sched_act xdp lwt_in lwt_out lwt_xmit lwt_seg6local sk_skb sk_msg lirc_mode2 flow_dissector "
-    "cgroup_device cgroup_sock cgroup_sock_addr cgroup_sockopt cgroup_sysctl sock_ops ext netfilter".split()
+    [
+        "sched_cls",
+        "sched_act",
+        "xdp",
+        "lwt_in",
+        "lwt_out",
+        "lwt_xmit",
+        "lwt_seg6local",
+        "sk_skb",
+        "sk_msg",
+        "lirc_mode2",
+        "flow_dissector",
+        "cgroup_device",
+        "cgroup_sock",
+        "cgroup_sock_addr",
+        "cgroup_sockopt",
+        "cgroup_sysctl",
+        "sock_ops",
+        "ext",
+        "netfilter",
+    ]
 )
 _PERFMON_PROGRAMS = frozenset(
-    "kprobe tracepoint perf_event raw_tracepoint raw_tracepoint_writable tracing lsm struct_ops ext".split()
+    [
+        "kprobe",
+        "tracepoint",
+        "perf_event",
+        "raw_tracepoint",
+        "raw_tracepoint_writable",
+        "tracing",
+        "lsm",
+        "struct_ops",
+        "ext",
+    ]
 )
 # What a process without capabilities may have where kernel.unprivileged_bpf_disabled is 0.
 _OPEN_PROGRAMS = frozenset(["socket_filter", "cgroup_skb"])
 _OPEN_MAPS = frozenset(
-    "array percpu_array prog_array perf_event_array cgroup_array array_of_maps hash percpu_hash hash_of_maps "
-    "ringbuf user_ringbuf cgroup_storage percpu_cgroup_storage".split()
+    [
+        "array",
+        "percpu_array",
+        "prog_array",
+        "perf_event_array",
+        "cgroup_array",
+        "array_of_maps",
+        "hash",
+        "percpu_hash",
+        "hash_of_maps",
+        "ringbuf",
+        "user_ringbuf",
+        "cgroup_storage",
+        "percpu_cgroup_storage",
+    ]
 )
-_NET_ADMIN_MAPS = frozenset("sockmap sockhash devmap devmap_hash xskmap".split())
+_NET_ADMIN_MAPS = frozenset(["sockmap", "sockhash", "devmap", "devmap_hash", "xskmap"])
 
 # The inode of /proc/PID/ns/user in the first user namespace: fixed by the kernel (PROC_USER_INIT_INO).
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
@@ -126,7 +168,7 @@ def bpf_answers() -> int:
 
 def in_initial_user_namespace() -> bool:
     try:
-        return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+        return Path("/proc/self/ns/user").stat().st_ino == _INITIAL_USER_NAMESPACE
     except OSError:
         return True  # No /proc, or a kernel without user namespaces.
 

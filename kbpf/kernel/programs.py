@@ -74,7 +74,7 @@ class ProgramCommands:
 
     def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
         data_in = syscall.Buffer(data)
-        # Programs without a packet refuse room for one. There is no retry for lack of room: by then the program has run.
+        # Programs without a packet refuse room for one. Too little room is found out only after the program has run.
         data_out = syscall.Buffer(len(data) + _DATA_GROWTH if data else 0)
         room = max(len(context), _CONTEXT_ROOM) if context else 0
         context_at = syscall.Buffer(context.ljust(room, b"\0"))
