@@ -103,7 +103,7 @@ class Field(NamedTuple):
 
     offset: int
     size: int
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # a field of that name, not tuple.count
     bits: int = 0
     shift: int = 0
 

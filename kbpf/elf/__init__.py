@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 def read_object(source: str | os.PathLike[str] | bytes) -> CollectionSpec:
     """Read an eBPF object file, given its path or its bytes: see `kbpf.elf.object.read_object`."""
     # What reads ELF is loaded when there is an ELF file to read.
-    from kbpf.elf import object
+    from kbpf.elf.object import read_object as read
 
-    return object.read_object(source)
+    return read(source)

@@ -53,19 +53,18 @@ class Parameter(NamedTuple):
 
 
 class Variable(NamedTuple):
-    """Where a DATASEC has a variable; `type` is the id of its VAR. `position` is that of these 12 bytes in the BTF."""
+    """Where a DATASEC has a variable; `type` is the id of its VAR."""
 
     type: int
     offset: int
     size: int
-    position: int
 
 
 class Record(NamedTuple):
     """One type. `word` is a size in bytes or the id of another type, as the kind has it.
 
-    `items` are the members, enumerators, parameters or variables; `data` is what else follows: an INT's
-    encoding, a VAR's linkage, a DECL_TAG's component, an ARRAY's (element type, index type, count).
+    `items` are the members, enumerators, parameters or variables; `data` is what else there is: an INT's
+    encoding, a VAR's or FUNC's linkage, a DECL_TAG's component, an ARRAY's (element type, index type, count).
     `position` is the byte offset of the record in the BTF.
     """
 
@@ -142,9 +141,7 @@ class Btf:
             items = tuple(Parameter(string(n), t & 0xFFFFFFFF) for n, t in pairs)
             at += count * 8
         elif kind == DATASEC:
-            places = range(at, at + count * 12, 12)
-            triples = _TRIPLE.iter_unpack(self._slice(at, count * 12))
-            items = tuple(Variable(*fields, place) for fields, place in zip(triples, places, strict=True))
+            items = tuple(Variable(*triple) for triple in _TRIPLE.iter_unpack(self._slice(at, count * 12)))
             at += count * 12
         elif kind == ARRAY:
             more = _TRIPLE.unpack_from(data, at)
@@ -152,7 +149,9 @@ class Btf:
         elif kind in (INT, VAR, DECL_TAG):
             more = _WORD.unpack_from(data, at)
             at += 4
-        elif not (kind in MODIFIERS or kind in (PTR, FWD, FUNC, FLOAT)):
+        elif kind == FUNC:
+            more = (count,)
+        elif not (kind in MODIFIERS or kind in (PTR, FWD, FLOAT)):
             raise ObjectError(f"{self.name}: type {id} is of unknown kind {kind}")
         return Record(id, kind, string(name), flag, word, items, more, start), at
 
