@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -109,23 +109,17 @@ def _refused(name: str, reasons: tuple[str, ...]) -> Finding:
 
 def _classic(name: str, type: socket.SocketKind) -> Finding:
     """Attach a filter that keeps all to a socket that is then closed."""
-
-    def attempt() -> None:
-        with socket.socket(socket.AF_INET, type) as probe:
+    with socket.socket(socket.AF_INET, type) as probe:
+        try:
             kernel_backend().socket_attach_filter(probe, cbpf.encode([cbpf.stmt(cbpf.RET | cbpf.K, 0xFFFFFFFF)]))
-
-    return _attempted(name, attempt, "SO_ATTACH_FILTER")
+        except OSError as error:
+            return _refused(name, explain_denied("SO_ATTACH_FILTER", error.errno or 0, socket=probe))
+    return Finding(name, "ok", "allowed")
 
 
 def _packet_socket() -> Finding:
-    return _attempted(
-        "packet sockets", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close(), "socket(AF_PACKET)"
-    )
-
-
-def _attempted(name: str, attempt: Callable[[], None], operation: str) -> Finding:
     try:
-        attempt()
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close()
     except OSError as error:
-        return _refused(name, explain_denied(operation, error.errno or 0) or (error.strerror or "refused",))
-    return Finding(name, "ok", "allowed")
+        return _refused("packet sockets", explain_denied("socket(AF_PACKET)", error.errno or 0))
+    return Finding("packet sockets", "ok", "allowed")
