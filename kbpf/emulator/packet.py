@@ -14,11 +14,10 @@ from dataclasses import dataclass
 class Packet:
     """A packet on its way to a program.
 
-    `buffer` is all there is, from the first header that can still be reached to the last byte.
-    `offset`, `mac` and `network` are positions in `buffer`: where the program's offset 0 is
-    (``skb->data``), where the link header and where the network header starts. A `mac` or `network` of None means that it was
-    never set: loads relative to it find nothing. (The kernel sets `network` for every packet: for UNIX and
-    netlink sockets it is where the data starts.)
+    `buffer` is all there is, from the first header that can still be reached to the last byte. `offset`, `mac` and
+    `network` are positions in `buffer`: where the program's offset 0 is (``skb->data``), and where the link header and
+    the network header start. A `mac` or `network` of None means that it was never set: loads relative to it find
+    nothing. (The kernel sets `network` for every packet: for UNIX and netlink sockets it is where the data starts.)
 
     Numbers are in host order, `protocol` and `vlan_proto` too; the context gives them as stored.
     """

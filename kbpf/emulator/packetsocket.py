@@ -51,8 +51,9 @@ _TP_STATUS_USER, _TP_STATUS_VLAN = 0x01, 0x10 | 0x40
 
 # net.core.rmem_default and rmem_max, and the least that SO_RCVBUF gives (sock.h, SOCK_MIN_RCVBUF).
 _RCVBUF_DEFAULT, _RCVBUF_MAX, _RCVBUF_MIN = 212992, 212992, 2304
-# What a queued packet takes beside its bytes: struct sk_buff, and headroom and shared info beside the data.
-_SKB, _SKB_DATA = 256, 16 + 320
+# What a queued packet takes beside its bytes: struct sk_buff, and headroom and shared info beside the data; and the
+# buffer that small packets come in.
+_SKB, _SKB_DATA, _SKB_SMALL = 256, 16 + 320, 576
 
 _serials = itertools.count()
 
@@ -78,8 +79,9 @@ class _Queued(NamedTuple):
 def _truesize(length: int) -> int:
     """What a packet counts for against SO_RCVBUF: its buffer comes in powers of two, large ones in pages."""
     need = length + _SKB_DATA
-    data = 1 << max(9, (need - 1).bit_length()) if need <= 8192 else need + -need % 4096
-    return data + _SKB
+    if need <= _SKB_SMALL:
+        return _SKB + _SKB_SMALL
+    return _SKB + (1 << (need - 1).bit_length() if need <= 8192 else need + -need % 4096)
 
 
 class EmulatedPacketSocket:
@@ -123,10 +125,6 @@ class EmulatedPacketSocket:
         protocol, tag = packet.protocol, None if packet.vlan_tci is None else (packet.vlan_tci, packet.vlan_proto)
         source = packet.buffer[6:12] if device.header else b""
         if self.type == SOCK_DGRAM:
-            if packet.pkt_type == ethernet.PACKET_OUTGOING and device.header and protocol in ethernet.VLAN_PROTOCOLS:
-                # Linux 6.11: an in-band tag of an outgoing packet is reported as if it had been in the metadata.
-                tci = int.from_bytes(packet.buffer[14:16], "big") if ethernet.behind_tags(packet.buffer)[1] else 0
-                tag, protocol = (tci, protocol), ethernet.behind_tags(packet.buffer)[1]
             packet = replace(packet, offset=network, length=packet.length - network)
         length = packet.length
         kept = self.slot.run(packet)
@@ -137,6 +135,12 @@ class EmulatedPacketSocket:
         if self._queued_size >= self._rcvbuf:
             self._drops += 1
             return
+        if self.type == SOCK_DGRAM and device.header and protocol in ethernet.VLAN_PROTOCOLS:
+            # Linux 6.11: a tag in the bytes, as the filter left them, is reported like one in the metadata.
+            left = packet.buffer[: packet.offset + snaplen]
+            if tag is None:
+                tag = (int.from_bytes(left[14:16], "big") if len(left) >= 18 else 0), protocol
+            protocol = ethernet.behind_tags(left)[1]
         status = _TP_STATUS_USER | (0 if tag is None else _TP_STATUS_VLAN)
         auxdata = _AUXDATA.pack(status, length, snaplen, 0, network - packet.offset, *(tag or (0, 0)))
         address = (device.name, protocol, packet.pkt_type, device.hatype, source)

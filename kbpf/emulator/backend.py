@@ -1,0 +1,274 @@
+"""The emulator as a backend: descriptors over maps and programs, and bpf(2)'s commands on them.
+
+Descriptors are numbers from `FIRST_DESCRIPTOR` on, so that one taken for a real file descriptor is nothing. An object
+lives as long as a descriptor, a pin or another object holds it. Pins are the process's own, under the paths of the BPF
+file system.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
+from kbpf.emulator import maps, sockets, test_run
+from kbpf.emulator.environment import environment
+from kbpf.emulator.maps.base import MAPS, Map, refused
+from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
+from kbpf.errors import FilterError
+from kbpf.isa import cbpf
+from kbpf.specs import Layout, MapSpec, ProgramSpec
+from kbpf.uapi import constants as uapi
+
+FIRST_DESCRIPTOR = 1 << 20
+PIN_ROOT = "/sys/fs/bpf/"
+
+
+class Handle(NamedTuple):
+    """What a descriptor stands for, and what may be done through it."""
+
+    object: Map | Program
+    readable: bool = True
+    writable: bool = True
+
+
+class EmulatorBackend:
+    """`kbpf.backend.Backend` in user space."""
+
+    name: BackendName = "emulator"
+    #: Programs are checked, but not verified.
+    verifies = False
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Handle] = {}
+        self._numbers = itertools.count(FIRST_DESCRIPTOR)
+        self._pins: dict[str, Map | Program] = {}
+
+    def possible_cpus(self) -> int:
+        return environment.cpus
+
+    def close(self, fd: int) -> None:
+        self._handle(fd)
+        del self._handles[fd]
+
+    def duplicate(self, fd: int) -> int:
+        return self._open(self._handle(fd))
+
+    # Descriptors.
+
+    def program(self, fd: int) -> Program:
+        """The program behind a descriptor; EBADF or EINVAL."""
+        found = self._handle(fd).object
+        if not isinstance(found, Program):
+            raise refused(errno.EINVAL)
+        return found
+
+    def map(self, fd: int) -> Map:
+        """The map behind a descriptor; EBADF or EINVAL."""
+        found = self._handle(fd).object
+        if not isinstance(found, Map):
+            raise refused(errno.EINVAL)
+        return found
+
+    def _handle(self, fd: int) -> Handle:
+        handle = self._handles.get(fd)
+        if handle is None:
+            raise refused(errno.EBADF)
+        return handle
+
+    def _open(self, handle: Handle) -> int:
+        fd = next(self._numbers)
+        self._handles[fd] = handle
+        return fd
+
+    def _readable_map(self, fd: int) -> Map:
+        found = self.map(fd)
+        if not self._handles[fd].readable:
+            raise refused(errno.EPERM)
+        return found
+
+    def _writable_map(self, fd: int) -> Map:
+        found = self.map(fd)
+        if not self._handles[fd].writable:
+            raise refused(errno.EPERM)
+        return found
+
+    @staticmethod
+    def _access(flags: int) -> tuple[bool, bool]:
+        """What BPF_F_RDONLY and BPF_F_WRONLY leave."""
+        if flags & uapi.BPF_F_RDONLY and flags & uapi.BPF_F_WRONLY:
+            raise refused(errno.EINVAL)
+        return not flags & uapi.BPF_F_WRONLY, not flags & uapi.BPF_F_RDONLY
+
+    # Maps.
+
+    def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
+        template = None if inner is None else self.map(inner)
+        created = maps.create(spec, template)
+        return self._open(Handle(created, *self._access(spec.flags)))
+
+    def map_info(self, fd: int) -> MapInfo:
+        found = self.map(fd)
+        return MapInfo(
+            type=found.type,
+            id=found.id,
+            key_size=found.key_size,
+            value_size=found.value_size,
+            max_entries=found.max_entries,
+            flags=found.flags,
+            name=found.name,
+            map_extra=found.map_extra,
+            btf_key_type_id=found.spec.btf_key_type_id,
+            btf_value_type_id=found.spec.btf_value_type_id,
+        )
+
+    def map_btf(self, fd: int) -> bytes:
+        return self.map(fd).spec.btf
+
+    def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
+        return self._readable_map(fd).command_lookup(key, flags)
+
+    def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
+        read = self._readable_map(fd).command_lookup
+
+        def reader(key: bytes) -> bytes | None:
+            try:
+                return read(key)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return None
+                raise
+
+        return reader
+
+    def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None:
+        self._writable_map(fd).command_update(key, value, flags)
+
+    def map_delete(self, fd: int, key: bytes) -> None:
+        self._writable_map(fd).command_delete(key)
+
+    def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
+        return self._readable_map(fd).command_next_key(key)
+
+    def map_lookup_and_delete(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
+        self._readable_map(fd)
+        return self._writable_map(fd).command_take(key, flags)
+
+    def map_lookup_batch(
+        self, fd: int, token: bytes | None, count: int, key_size: int, value_size: int, delete: bool = False
+    ) -> Batch:
+        found = self._readable_map(fd)
+        if delete:
+            self._writable_map(fd)
+        return found.command_lookup_batch(token, count, delete)
+
+    def map_update_batch(self, fd: int, keys: bytes, values: bytes, count: int, flags: int = 0) -> int:
+        return self._writable_map(fd).command_update_batch(keys, values, count, flags)
+
+    def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int:
+        return self._writable_map(fd).command_delete_batch(keys, count, flags)
+
+    def map_freeze(self, fd: int) -> None:
+        self._writable_map(fd).command_freeze()
+
+    # Programs.
+
+    def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
+        return self._open(Handle(Program(spec, [self.map(fd) for fd in maps], self.map)))
+
+    def program_info(self, fd: int) -> ProgramInfo:
+        found = self.program(fd)
+        return ProgramInfo(
+            type=found.type,
+            id=found.id,
+            name=found.name,
+            tag=found.tag,
+            map_ids=tuple(used.id for used in found.maps),
+            gpl_compatible=found.gpl_compatible,
+        )
+
+    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
+        return test_run.run(self.program(fd), data, context, repeat)
+
+    # Pins and ids.
+
+    def pin(self, fd: int, path: str) -> None:
+        found = self._handle(fd).object
+        if not path.startswith(PIN_ROOT) or path == PIN_ROOT:
+            raise refused(errno.EPERM)
+        if path in self._pins:
+            raise refused(errno.EEXIST)
+        self._pins[path] = found
+
+    def unpin(self, path: str) -> None:
+        """What unlink(2) does on the BPF file system."""
+        if self._pins.pop(path, None) is None:
+            raise refused(errno.ENOENT)
+
+    def open_pinned(self, path: str, flags: int = 0) -> int:
+        access = self._access(flags)
+        found = self._pins.get(path)
+        if found is None:
+            raise refused(errno.ENOENT)
+        return self._open(Handle(found, *access))
+
+    def open_by_id(self, kind: Literal["map", "program"], id: int) -> int:
+        found = (MAPS if kind == "map" else PROGRAMS).get(id)
+        if found is None:
+            raise refused(errno.ENOENT)
+        return self._open(Handle(found))
+
+    def ids(self, kind: Literal["map", "program"]) -> list[int]:
+        return sorted(MAPS if kind == "map" else PROGRAMS)
+
+    # Sockets.
+
+    def socket_layout(self, socket: SocketLike) -> Layout:
+        return sockets.layout_of(socket)
+
+    def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
+        sockets.refuse_if_locked(socket)
+        try:
+            prepared = ClassicProgram(cbpf.decode(program))
+        except FilterError:
+            raise refused(errno.EINVAL) from None
+        sockets.attach(socket, prepared, program)
+
+    def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
+        sockets.refuse_if_locked(socket)
+        found = self.program(program)
+        if found.type != "socket_filter":
+            raise refused(errno.EINVAL)
+        sockets.attach(socket, found, None)
+
+    def socket_detach(self, socket: SocketLike) -> None:
+        sockets.detach(socket)
+
+    def socket_get_filter(self, socket: SocketLike) -> bytes:
+        return sockets.get_filter(socket)
+
+    def socket_lock(self, socket: SocketLike) -> None:
+        sockets.lock(socket)
+
+    def socket_drain(self, socket: SocketLike) -> int:
+        return sockets.drain(socket)
+
+    def socket_drainable(self, socket: SocketLike) -> bool:
+        return sockets.drainable(socket)
+
+    def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
+        return sockets.open_packet_socket(interface, type=type, protocol=protocol)
+
+    def explain_denied(
+        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+    ) -> tuple[str, ...]:
+        return ()
+
+
+@cache
+def emulator_backend() -> EmulatorBackend:
+    """The one emulator of this process."""
+    return EmulatorBackend()

@@ -1,0 +1,113 @@
+"""Classic filters in the emulator: the ancillary words of linux/filter.h, and a prepared filter.
+
+The words are those of `convert_bpf_extensions` in net/core/filter.c. A packet without a device
+ends a filter that asks for the device's index or type, with A as the result.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from kbpf.emulator.context import SkBuff
+from kbpf.emulator.dissect import payload_offset
+from kbpf.emulator.environment import environment
+from kbpf.emulator.interpreter import BUDGET, AncillaryFunction, Run, link
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.semantics import State
+from kbpf.isa import cbpf
+from kbpf.isa.translate import REG_A, REG_X, to_ebpf
+
+_ATTRIBUTE = struct.Struct("=HH")
+#: NLA_TYPE_MASK (linux/netlink.h): the upper two bits of a type are flags.
+_TYPE_MASK = 0x3FFF
+
+
+def _find_attribute(data: bytes, start: int, end: int, wanted: int) -> int:
+    """Where the netlink attribute of that type lies between `start` and `end`, or 0."""
+    while end - start >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data, start)
+        if not _ATTRIBUTE.size <= length <= end - start:
+            break
+        if kind & _TYPE_MASK == wanted:
+            return start
+        start += length + 3 & ~3
+    return 0
+
+
+def _attribute(run: Run, state: State) -> int:
+    data, start = run.packet.data, state[REG_A] & 0xFFFFFFFF
+    if start > len(data) - _ATTRIBUTE.size:
+        return 0
+    return _find_attribute(data, start, len(data), state[REG_X] & 0xFFFFFFFF)
+
+
+def _nested_attribute(run: Run, state: State) -> int:
+    data, start = run.packet.data, state[REG_A] & 0xFFFFFFFF
+    if start > len(data) - _ATTRIBUTE.size:
+        return 0
+    length = _ATTRIBUTE.unpack_from(data, start)[0]
+    if length > len(data) - start:
+        return 0
+    return _find_attribute(data, start + _ATTRIBUTE.size, start + length, state[REG_X] & 0xFFFFFFFF)
+
+
+def _vlan_proto(run: Run, state: State) -> int:
+    packet = run.packet
+    return 0 if packet.vlan_tci is None else packet.vlan_proto
+
+
+_LOADS: dict[str, AncillaryFunction] = {
+    "protocol": lambda run, state: run.packet.protocol,
+    "pkttype": lambda run, state: run.packet.pkt_type,
+    "ifindex": lambda run, state: run.packet.ifindex,
+    "nlattr": _attribute,
+    "nlattr_nest": _nested_attribute,
+    "mark": lambda run, state: run.packet.mark,
+    "queue": lambda run, state: run.packet.queue,
+    "hatype": lambda run, state: None if run.packet.ifindex is None else run.packet.hatype,
+    "rxhash": lambda run, state: run.packet.hash,
+    "cpu": lambda run, state: environment.cpu,
+    "vlan_tag": lambda run, state: run.packet.vlan_tci or 0,
+    "vlan_tag_present": lambda run, state: int(run.packet.vlan_tci is not None),
+    "pay_offset": lambda run, state: payload_offset(run.packet),
+    "random": lambda run, state: environment.random32(),
+    "vlan_tpid": _vlan_proto,
+}
+ANCILLARY_LOADS = {offset: _LOADS[word.name] for offset, word in cbpf.ANCILLARY.items() if word.name in _LOADS}
+
+
+class ClassicProgram:
+    """A classic filter, ready to run. Raises `kbpf.FilterError` if the kernel would not take it.
+
+    `network` and `mac` are for `run`: where in its data the network and the link header start, for loads relative to
+    them.
+    """
+
+    budget = BUDGET
+
+    def __init__(
+        self, instructions: Sequence[cbpf.Instruction], *, network: int | None = None, mac: int | None = None
+    ) -> None:
+        self.network = network
+        self.mac = mac
+        self._code = link(to_ebpf(instructions), ancillary=ANCILLARY_LOADS)
+
+    def run(self, data: bytes, length: int) -> int:
+        """The filter's return value for a packet of `length` bytes of which `data` are at hand."""
+        return Run(self, self._code, None, data, length).execute()
+
+    def run_packet(self, packet: Packet) -> int:
+        """The filter's return value for a packet with all its metadata."""
+        return Run(self, self._code, packet, packet.data).execute()
+
+    def packet(self, data: bytes, length: int) -> Packet:
+        protocol = 0
+        if self.mac is not None and self.network:
+            protocol = int.from_bytes(data[self.network - 2 : self.network], "big")
+        elif self.network is not None and len(data) > self.network:
+            protocol = {4: 0x0800, 6: 0x86DD}.get(data[self.network] >> 4, 0)
+        return Packet(buffer=data, length=length, network=self.network, mac=self.mac, protocol=protocol)
+
+    def context(self, packet: Packet) -> SkBuff:
+        return SkBuff(packet)

@@ -1,0 +1,59 @@
+"""Helpers over maps. A failure is minus the errno that bpf(2) would set."""
+
+from __future__ import annotations
+
+from kbpf.emulator.environment import environment
+from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.maps.base import Map
+from kbpf.errors import EmulationFault
+
+
+def map_at(run: Run, address: int) -> Map:
+    """The map that a program names by the address of its handle."""
+    owner = run.owner(address)
+    if not isinstance(owner, Map):
+        raise EmulationFault("this is no map", address=address)
+    return owner
+
+
+def map_lookup_elem(run: Run, map: int, key: int, *_: int) -> int:
+    found = map_at(run, map)
+    return found.find(run.read(key, found.key_size))
+
+
+def map_update_elem(run: Run, map: int, key: int, value: int, flags: int, _: int) -> int:
+    found = map_at(run, map)
+    found.check_program_writes()
+    try:
+        found.store(run.read(key, found.key_size), run.read(value, found.value_size), flags)
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+def map_delete_elem(run: Run, map: int, key: int, *_: int) -> int:
+    found = map_at(run, map)
+    found.check_program_writes()
+    try:
+        found.remove(run.read(key, found.key_size))
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+def map_lookup_percpu_elem(run: Run, map: int, key: int, cpu: int, *_: int) -> int:
+    found = map_at(run, map)
+    if not found.per_cpu:
+        raise EmulationFault(f"a {found.type} map has no per-CPU values")
+    if cpu & 0xFFFFFFFF >= found.cpus:
+        return 0
+    address = found.find(run.read(key, found.key_size))
+    return address and address + ((cpu & 0xFFFFFFFF) - environment.cpu) * found.slot_size
+
+
+HELPERS: dict[str, HelperFunction] = {
+    "map_lookup_elem": map_lookup_elem,
+    "map_update_elem": map_update_elem,
+    "map_delete_elem": map_delete_elem,
+    "map_lookup_percpu_elem": map_lookup_percpu_elem,
+}

@@ -1,0 +1,141 @@
+"""Programs in the emulator: loaded, checked, run over packets.
+
+Loading checks what the kernel checks first (see `checks`), resolves maps, helpers and the licence. What needs values
+to be followed is not checked: such a program is loaded and may fault when it runs (`kbpf.EmulationFault`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
+
+from kbpf.backend import LoadRefused
+from kbpf.emulator import checks, helpers
+from kbpf.emulator.checks import invalid
+from kbpf.emulator.classic import ClassicProgram as ClassicProgram
+from kbpf.emulator.context import SkBuff
+from kbpf.emulator.interpreter import BUDGET, Code, Run, link
+from kbpf.emulator.maps.array import Array
+from kbpf.emulator.maps.base import Map, name_bytes
+from kbpf.emulator.packet import Packet
+from kbpf.isa import ebpf
+from kbpf.specs import ProgramSpec
+from kbpf.uapi.enums import PROG_TYPES
+
+#: The most maps that a program may use (MAX_USED_MAPS).
+MOST_MAPS = 64
+_BY_FD = (ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_VALUE)
+_BY_INDEX = (ebpf.PSEUDO_MAP_IDX, ebpf.PSEUDO_MAP_IDX_VALUE)
+
+
+class Program:
+    """A loaded eBPF program.
+
+    `maps` are those that the spec's indices mean; `map_of` gives the map behind a descriptor, or raises `OSError`.
+    Raises `LoadRefused` with the kernel's errno.
+    """
+
+    def __init__(
+        self, spec: ProgramSpec, maps: Sequence[Map], map_of: Callable[[int], Map], budget: int = BUDGET
+    ) -> None:
+        self.spec = spec
+        self.type = spec.type
+        self.budget = budget
+        self.gpl_compatible = spec.license in helpers.GPL_COMPATIBLE
+        if spec.type not in helpers.ALLOWED:
+            if spec.type in PROG_TYPES and spec.type != "unspec":
+                raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
+            raise LoadRefused(errno.EINVAL, "")
+        try:
+            self.name = name_bytes(spec.name).decode(errors="replace")
+        except OSError as error:
+            raise LoadRefused(error.errno or 0, "") from None
+        checks.check(spec.instructions)
+        #: In order of first use; the program keeps them.
+        self.maps: list[Map] = []
+        constants = self._resolve(maps, map_of)
+        for opcode, _, src, _, imm in spec.instructions:
+            if opcode == ebpf.JMP | ebpf.CALL and not src:
+                helpers.check(imm, spec.type, self.gpl_compatible)
+        self.code: Code = link(spec.instructions, constants, helpers.FUNCTIONS)
+        self.tag = _tag(spec)
+        self.id = next(_ids)
+        PROGRAMS[self.id] = self
+
+    def run_packet(self, packet: Packet) -> int:
+        """Run over a packet; returns the low 32 bits of R0. Raises `EmulationFault`."""
+        return Run(self, self.code, packet, packet.data).execute()
+
+    def packet(self, data: bytes, length: int) -> Packet:
+        return Packet(buffer=data, length=length)
+
+    def context(self, packet: Packet) -> SkBuff:
+        return SkBuff(packet)
+
+    def _resolve(self, maps: Sequence[Map], map_of: Callable[[int], Map]) -> dict[int, int]:
+        """What 64-bit immediate loads mean, by index."""
+        constants = {}
+        instructions = self.spec.instructions
+        for pc, (opcode, _, src, _, imm) in enumerate(instructions):
+            if opcode != ebpf.LD_IMM64 or not src:
+                continue
+            if src == ebpf.PSEUDO_FUNC:
+                constants[pc] = pc + 1 + imm
+                continue
+            if src == ebpf.PSEUDO_BTF_ID:
+                raise invalid("the emulator has no kernel variables", errno.EOPNOTSUPP)
+            offset = instructions[pc + 1].imm & 0xFFFFFFFF
+            constants[pc] = self._map_constant(self._map(src, imm, maps, map_of), src, offset)
+        return constants
+
+    def _map(self, src: int, imm: int, maps: Sequence[Map], map_of: Callable[[int], Map]) -> Map:
+        if src in _BY_INDEX:
+            if not maps:
+                raise invalid("fd_idx without fd_array is invalid", errno.EPROTO)
+            if not 0 <= imm < len(maps):
+                raise LoadRefused(errno.EFAULT, "")
+            found = maps[imm]
+        else:
+            try:
+                found = map_of(imm)
+            except OSError as error:
+                raise invalid(f"fd {imm} is not pointing to valid bpf_map", error.errno or 0) from None
+        if found not in self.maps:
+            if len(self.maps) == MOST_MAPS:
+                raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
+            self.maps.append(found)
+        return found
+
+    @staticmethod
+    def _map_constant(found: Map, src: int, offset: int) -> int:
+        if src in (ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX):
+            if offset:
+                raise invalid("unrecognized bpf_ld_imm64 insn")
+            return found.handle.address
+        if not isinstance(found, Array) or found.per_cpu:
+            raise invalid("no direct value access support for this map type")
+        if found.max_entries != 1:
+            raise invalid(f"invalid access to map value pointer, value_size={found.value_size} off={offset}", 524)
+        if offset >= found.value_size:
+            raise invalid(f"direct value offset of {offset} is not allowed")
+        return found.value_address(offset)
+
+
+def _tag(spec: ProgramSpec) -> bytes:
+    """A digest of the instructions without what differs from load to load."""
+    plain, after_map = [], False
+    for instruction in spec.instructions:
+        refers = instruction.opcode == ebpf.LD_IMM64 and instruction.src in _BY_FD + _BY_INDEX
+        plain.append(instruction._replace(imm=0, src=ebpf.PSEUDO_MAP_FD) if refers else instruction)
+        if after_map:
+            plain[-1] = instruction._replace(imm=0)
+        after_map = refers
+    return hashlib.sha1(ebpf.encode(plain)).digest()[:8]
+
+
+_ids = itertools.count(1)
+#: Programs by id, while anybody holds them.
+PROGRAMS: WeakValueDictionary[int, Program] = WeakValueDictionary()

@@ -1,0 +1,132 @@
+"""BPF_PROG_TEST_RUN for socket filters (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
+
+The data begin with an Ethernet header, which is taken off before the program runs: offset 0 is byte 14, and the
+link header is still there for loads relative to it. The packet comes from the loopback device.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+
+from kbpf.backend import RawRun
+from kbpf.emulator.context import SkBuff
+from kbpf.emulator.interpreter import Run
+from kbpf.emulator.maps.base import refused
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.program import Program
+from kbpf.uapi.constants import ARPHRD_LOOPBACK, ETH_P_IP, ETH_P_IPV6
+from kbpf.uapi.structs import STRUCTS
+
+ETH_HLEN = 14
+#: A page less what the kernel keeps in it for an sk_buff (x86-64).
+MOST_DATA = 3712
+_PAGE = 4096
+_LOOPBACK = 1
+#: Below this an Ethernet type is a length (ETH_P_802_3_MIN).
+_FIRST_TYPE, _ETH_P_802_2 = 0x0600, 0x0004
+_SHORTEST = {ETH_P_IP: ETH_HLEN + 20, ETH_P_IPV6: ETH_HLEN + 40}
+
+_LAYOUT = STRUCTS["__sk_buff"]
+#: What user space may set of the context; the rest must be zero.
+_SETTABLE = (
+    "mark",
+    "priority",
+    "ingress_ifindex",
+    "ifindex",
+    "cb",
+    "tstamp",
+    "wire_len",
+    "gso_segs",
+    "gso_size",
+    "hwtstamp",
+)
+#: GSO_LEGACY_MAX_SIZE and GSO_MAX_SEGS (linux/netdevice.h).
+_MOST_WIRE, _MOST_SEGMENTS = 65536, 65535
+
+
+def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    if not ETH_HLEN <= len(data) <= MOST_DATA:
+        raise refused(errno.EINVAL)
+    fields = _decode(context)
+    if fields["ifindex"] > _LOOPBACK:
+        raise refused(errno.ENODEV)
+    protocol = int.from_bytes(data[12:14], "big")
+    if protocol < _FIRST_TYPE:
+        protocol = _ETH_P_802_2
+    if len(data) < _SHORTEST.get(protocol, 0):
+        raise refused(errno.EINVAL)
+    _check_settable(context, fields, len(data) - ETH_HLEN)
+    packet = Packet(
+        buffer=bytes(data),
+        offset=ETH_HLEN,
+        mac=0,
+        network=ETH_HLEN,
+        protocol=protocol,
+        pkt_type=_packet_type(data),
+        ifindex=_LOOPBACK,
+        hatype=ARPHRD_LOOPBACK,
+        ingress_ifindex=fields["ingress_ifindex"],
+        mark=fields["mark"],
+        priority=fields["priority"],
+        gso_segs=fields["gso_segs"],
+        gso_size=fields["gso_size"],
+    )
+    buff = SkBuff(packet)
+    cb = _LAYOUT.fields["cb"]
+    buff.cb[:] = _padded(context)[cb.offset : cb.offset + len(buff.cb)]
+    repeat = max(repeat, 1)
+    start = time.perf_counter_ns()
+    for _ in range(repeat):
+        value = Run(program, program.code, packet, packet.data, context=buff).execute()
+    duration = (time.perf_counter_ns() - start) // repeat
+    return RawRun(value, bytes(data), _encode(fields, buff) if context else b"", duration)
+
+
+def _padded(context: bytes) -> bytes:
+    return context[: _LAYOUT.size].ljust(_LAYOUT.size, b"\0")
+
+
+def _decode(context: bytes) -> dict[str, int]:
+    if len(context) > _PAGE or any(context[_LAYOUT.size :]):
+        raise refused(errno.E2BIG)
+    padded = _padded(context)
+    return {
+        name: int.from_bytes(padded[field.offset : field.offset + field.size], sys.byteorder)
+        for name, field in _LAYOUT.fields.items()
+    }
+
+
+def _check_settable(context: bytes, fields: dict[str, int], length: int) -> None:
+    rest = bytearray(_padded(context))
+    for name in _SETTABLE:
+        field = _LAYOUT.fields[name]
+        rest[field.offset : field.offset + field.size * field.count] = bytes(field.size * field.count)
+    if any(rest):
+        raise refused(errno.EINVAL)
+    if fields["wire_len"] and not length <= fields["wire_len"] <= _MOST_WIRE:
+        raise refused(errno.EINVAL)
+    if not fields["wire_len"]:
+        fields["wire_len"] = length
+    if fields["gso_segs"] > _MOST_SEGMENTS:
+        raise refused(errno.EINVAL)
+
+
+def _packet_type(data: bytes) -> int:
+    """PACKET_HOST for the loopback device's own address, which is all zeroes."""
+    if data[0] & 1:
+        return 1 if data[:6] == b"\xff" * 6 else 2
+    return 3 if any(data[:6]) else 0
+
+
+def _encode(fields: dict[str, int], buff: SkBuff) -> bytes:
+    out = bytearray(_LAYOUT.size)
+    for name in _SETTABLE:
+        field = _LAYOUT.fields[name]
+        value = _LOOPBACK if name == "ifindex" else fields[name]
+        out[field.offset : field.offset + field.size] = value.to_bytes(field.size, sys.byteorder)
+    cb = _LAYOUT.fields["cb"]
+    out[cb.offset : cb.offset + len(buff.cb)] = buff.cb
+    return bytes(out)
