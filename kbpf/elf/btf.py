@@ -7,6 +7,7 @@ bytes say; `Btf.resolve` makes the values of `kbpf.types` of it. The trap: type 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,7 +187,10 @@ class Btf:
         return self.strip(record.word)
 
     def resolve(self, id: int) -> types.Type:
-        """The type as a value of `kbpf.types`; raises `ObjectError` for what has no size, such as functions."""
+        """The type as a value of `kbpf.types`; a section of variables is a struct of them.
+
+        Raises `ObjectError` for what has no size, such as functions.
+        """
         return self._resolve(id, 0)
 
     def _resolve(self, id: int, depth: int) -> types.Type:
@@ -225,7 +229,20 @@ class Btf:
         if kind in (STRUCT, UNION):
             members = tuple(self._member(record, member, depth) for member in record.items)
             return types.Struct(name=name, size=size, members=members, union=kind == UNION)
+        if kind == DATASEC:
+            # A section of variables, as maps of .data and its like have it; named as a C struct could be.
+            variables = sorted((self._variable(record, variable, depth) for variable in record.items), key=_place)
+            return types.Struct(name=re.sub(r"\W", "_", name.strip(".")), size=size, members=tuple(variables))
         raise ObjectError(f"{self.name}: type {record.id} ({name!r}) has no size")
+
+    def _variable(self, record: Record, variable: Variable, depth: int) -> types.Member:
+        var = self[variable.type]
+        if var.kind != VAR:
+            raise ObjectError(f"{self.name}: section {record.name} has type {var.id}, which is no variable")
+        type = self._resolve(var.word, depth)
+        if variable.offset + type.size > record.word:
+            raise ObjectError(f"{self.name}: variable {var.name!r} lies outside {record.name}")
+        return types.Member(name=var.name, type=type, bit_offset=variable.offset * 8)
 
     def _member(self, record: Record, member: Member, depth: int) -> types.Member:
         type = self._resolve(member.type, depth)
@@ -239,6 +256,10 @@ class Btf:
         if member.bit_offset + (bits or type.size * 8) > record.word * 8:
             raise ObjectError(f"{self.name}: {record.name}.{member.name} lies outside its {record.word} bytes")
         return types.Member(name=member.name, type=type, bit_offset=member.bit_offset, bit_size=bits)
+
+
+def _place(member: types.Member) -> int:
+    return member.bit_offset
 
 
 class Info(NamedTuple):

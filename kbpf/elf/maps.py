@@ -225,7 +225,7 @@ def _data_map(elf: ElfFile, section: Section, info: Btf | None, blob: bytes, obj
         contents=((bytes(4), section.data),) if section.data else (),
         frozen=read_only,
         key_type=_U32,
-        value_type=_variables(info, record, section.size) if info is not None and record is not None else None,
+        value_type=info.resolve(record.id) if info is not None and record is not None and blob else None,
         btf=blob if record is not None else b"",
         btf_value_type_id=record.id if record is not None and blob else 0,
     )
@@ -237,16 +237,3 @@ def _data_name(section: str, object_name: str) -> str:
     room = BPF_OBJ_NAME_LEN - 1
     prefix = "" if section.count(".") > 1 else object_name[: room - max(7, min(len(section), room))]
     return re.sub(r"[^A-Za-z0-9_.]", "_", (prefix + section)[:room])
-
-
-def _variables(info: Btf, record: Record, size: int) -> types.Type:
-    """The variables of a section as the members of a struct."""
-    members = []
-    for variable in record.items:
-        var = info[variable.type]
-        type = info.resolve(var.word)
-        if variable.offset + type.size > size:
-            raise ObjectError(f"section {record.name}: variable {var.name!r} lies outside it")
-        members.append(types.Member(name=var.name, type=type, bit_offset=variable.offset * 8))
-    members.sort(key=lambda member: member.bit_offset)
-    return types.Struct(name=record.name, size=size, members=tuple(members))
