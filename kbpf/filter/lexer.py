@@ -17,7 +17,9 @@ from kbpf.errors import FilterSyntaxError
 #: Words of the language by what the parser takes them for. The value is the token's kind.
 KEYWORDS: dict[str, str] = {
     **{word: word for word in "src dst host net mask port portrange proto protochain gateway type subtype".split()},
-    **{word: word for word in "ra ta less greater byte broadcast multicast and or not inbound outbound ifindex".split()},
+    **{
+        word: word for word in "ra ta less greater byte broadcast multicast and or not inbound outbound ifindex".split()
+    },
     **{word: word for word in "vlan mpls pppoed pppoes geneve vxlan llc".split()},
     "direction": "dir",
     "dir": "dir",

@@ -494,4 +494,3 @@ _SPECIALS = {
     **dict.fromkeys(("vlan", "mpls", "pppoes", "geneve", "vxlan"), "optional"),
     **dict.fromkeys(_WIRELESS, ""),
 }
-

@@ -1,0 +1,221 @@
+"""Hosts, networks and gateways: IPv4, IPv6, ARP, DECnet and Ethernet addresses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kbpf.errors import FilterError
+from kbpf.filter import syntax, wireless
+from kbpf.filter.links import ARP, DECNET, IP, IP6, RARP
+from kbpf.filter.syntax import Qualifiers
+from kbpf.filter.values import M32, Condition, every, negated, some
+
+if TYPE_CHECKING:
+    from kbpf.filter.lower import Lowering
+
+# EtherType, and where the source and the destination address are.
+_IPV4 = {"ip": (IP, 12, 16), "arp": (ARP, 14, 24), "rarp": (RARP, 14, 24)}
+
+
+def match(lowering: Lowering, term: syntax.Match) -> Condition:
+    """``host``, ``net``, or a direction alone, of whatever kind the operand is."""
+    operand, qualifiers = term.operand, term.qualifiers
+    if isinstance(operand, syntax.Mac):
+        if qualifiers.protocol != "link" or qualifiers.type == "net":
+            raise lowering.fail('an Ethernet address needs "ether host", "ether src" or "ether dst"', term.position)
+        return mac(lowering, operand.value, qualifiers, "an Ethernet address")
+    if isinstance(operand, syntax.Arcnet):
+        raise lowering.fail("ARCNET addresses are for ARCNET captures only", term.position)
+    if isinstance(operand, syntax.Ipv6):
+        return _ipv6(lowering, term, operand)
+    if isinstance(operand, syntax.Name):
+        return _named(lowering, term, operand.text)
+    if qualifiers.protocol == "decnet":
+        return _decnet(lowering, term)
+    address, mask = _ipv4_operand(lowering, term)
+    return ipv4(lowering, address, mask, qualifiers, term.position)
+
+
+def _direction(qualifiers: Qualifiers, source: Condition, destination: Condition) -> Condition:
+    if qualifiers.direction == "src":
+        return source
+    if qualifiers.direction == "dst":
+        return destination
+    return every(source, destination) if qualifiers.direction == "and" else some(source, destination)
+
+
+def _ipv4_operand(lowering: Lowering, term: syntax.Match) -> tuple[int, int]:
+    operand = term.operand
+    is_net = term.qualifiers.type == "net"
+    if isinstance(operand, syntax.Number):
+        address, mask = operand.value, M32
+        if is_net:
+            # A short network number stands at the left.
+            while address and not address & 0xFF000000:
+                address, mask = address << 8, mask << 8 & M32
+        return address, mask
+    assert isinstance(operand, syntax.Ipv4)
+    address, length = _dotted(lowering, operand.text, term)
+    if operand.prefix is None and operand.mask is None:
+        return address, M32 << 32 - length & M32
+    if not is_net:
+        raise lowering.fail('a prefix length or mask needs "net"', term.position)
+    if operand.mask is not None:
+        mask = _dotted(lowering, operand.mask, term)[0]
+    else:
+        assert operand.prefix is not None
+        if operand.prefix > 32:
+            raise lowering.fail("IPv4 prefixes have at most 32 bits", term.position)
+        mask = M32 << 32 - operand.prefix & M32
+    if address & ~mask:
+        raise lowering.fail(f"{operand.text} has bits set outside the network", term.position)
+    return address, mask
+
+
+def _dotted(lowering: Lowering, text: str, term: syntax.Match) -> tuple[int, int]:
+    """The address of one to four decimal numbers with dots, from the left, and its bits."""
+    parts = text.split(".")
+    if not all(part.isdecimal() and len(part) < 8 and int(part) < 256 for part in parts):
+        raise lowering.fail(f"{text} is no IPv4 address", term.position)
+    octets = bytes(int(part) for part in parts)
+    return int.from_bytes(octets.ljust(4, b"\0"), "big"), 8 * len(parts)
+
+
+def ipv4(lowering: Lowering, address: int, mask: int, qualifiers: Qualifiers, position: int) -> Condition:
+    """An IPv4 address or network in IPv4, ARP or RARP packets, or all of them."""
+    if qualifiers.protocol:
+        if qualifiers.protocol not in _IPV4:
+            raise lowering.fail(f'"{qualifiers.protocol}" does not go with an IPv4 address', position)
+        kinds = [qualifiers.protocol]
+    else:
+        # Behind an MPLS label there is only IP.
+        kinds = ["ip"] if lowering.headers.labels else ["ip", "arp", "rarp"]
+    parts = []
+    for kind in kinds:
+        ethertype, source, destination = _IPV4[kind]
+        headers = lowering.headers
+        carried = headers.carries(ethertype)
+        if carried is False:
+            continue
+        here = headers.network_test(source, 4, address, mask) if mask else _probe(lowering, source)
+        there = headers.network_test(destination, 4, address, mask) if mask else _probe(lowering, destination)
+        parts.append(every(carried, _direction(qualifiers, here, there)))
+    return some(*parts)
+
+
+def _probe(lowering: Lowering, offset: int) -> Condition:
+    """Any address at all: true where it can be read."""
+    return lowering.pool.test("ge", lowering.headers.network_word(offset, 4), 0)
+
+
+def _ipv6(lowering: Lowering, term: syntax.Match, operand: syntax.Ipv6) -> Condition:
+    if term.qualifiers.protocol not in ("", "ip6"):
+        raise lowering.fail(f'"{term.qualifiers.protocol}" does not go with an IPv6 address', term.position)
+    prefix = 128 if operand.prefix is None else operand.prefix
+    if prefix > 128:
+        raise lowering.fail("IPv6 prefixes have at most 128 bits", term.position)
+    if prefix != 128 and term.qualifiers.type != "net":
+        raise lowering.fail('a prefix length needs "net"', term.position)
+    mask = (1 << 128) - (1 << 128 - prefix)
+    if operand.value & ~mask:
+        raise lowering.fail(f"{operand.text} has bits set outside the network", term.position)
+    return ipv6(lowering, operand.value, mask, term.qualifiers)
+
+
+def ipv6(lowering: Lowering, address: int, mask: int, qualifiers: Qualifiers) -> Condition:
+    """An IPv6 address or network."""
+    headers = lowering.headers
+    carried = headers.carries(IP6)
+    if carried is False:
+        return False
+
+    def at(offset: int) -> Condition:
+        words = []
+        for index in range(4):
+            shift = 96 - 32 * index
+            word_mask = mask >> shift & M32
+            if word_mask:
+                words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, word_mask))
+        return every(*words) if words else _probe(lowering, offset)
+
+    return every(carried, _direction(qualifiers, at(8), at(24)))
+
+
+def mac(lowering: Lowering, address: int, qualifiers: Qualifiers, what: str) -> Condition:
+    """An Ethernet address in the link header."""
+    headers = lowering.headers
+    data = address.to_bytes(6, "big")
+    if headers.link in wireless.LINKS and not headers.tunnel:
+        return wireless.host(headers, data, qualifiers.direction)
+    is_ethernet = headers.ethernet(what)
+    source = headers.bytes_test(headers.header, 6, data)
+    destination = headers.bytes_test(headers.header, 0, data)
+    return every(is_ethernet, _direction(qualifiers, source, destination))
+
+
+def _named(lowering: Lowering, term: syntax.Match, name: str) -> Condition:
+    qualifiers = term.qualifiers
+    if qualifiers.type == "net":
+        network = lowering.names.network(name)
+        if not network:
+            raise lowering.fail(f'"{name}" is no network known here', term.position)
+        mask = M32
+        while not network & 0xFF000000:
+            network, mask = network << 8, mask << 8 & M32
+        return ipv4(lowering, network, mask, qualifiers, term.position)
+    if qualifiers.protocol == "link":
+        address = lowering.names.ethernet(name)
+        if address is None:
+            raise lowering.fail(f'"{name}" is no Ethernet host known here', term.position)
+        return mac(lowering, address, qualifiers, f'"{name}"')
+    if qualifiers.protocol == "decnet":
+        raise lowering.fail("DECnet hosts have no names here, only addresses", term.position)
+    parts = []
+    for version, number in lowering.names.host(name):
+        if version == 4 and qualifiers.protocol != "ip6":
+            parts.append(ipv4(lowering, number, M32, qualifiers, term.position))
+        elif version == 6 and qualifiers.protocol in ("", "ip6"):
+            parts.append(ipv6(lowering, number, (1 << 128) - 1, qualifiers))
+    if not parts:
+        raise lowering.fail(f'"{name}" is no host known here', term.position)
+    return some(*parts)
+
+
+def gateway(lowering: Lowering, term: syntax.Match) -> Condition:
+    """Packets to or from a host's Ethernet address that are not to or from its IP address."""
+    if not isinstance(term.operand, syntax.Name):
+        raise lowering.fail('expected a host name after "gateway"', term.position)
+    if term.qualifiers.protocol not in ("", "ip", "arp", "rarp") or lowering.headers.labels or lowering.headers.tunnel:
+        raise FilterError('"gateway" cannot be asked here')
+    name = term.operand.text
+    address = lowering.names.ethernet(name)
+    addresses = [number for version, number in lowering.names.host(name) if version == 4]
+    if address is None or not addresses:
+        raise lowering.fail(f'"{name}" is no host with an Ethernet and an IPv4 address known here', term.position)
+    own = some(*(ipv4(lowering, number, M32, term.qualifiers, term.position) for number in addresses))
+    return every(mac(lowering, address, Qualifiers("link", "", ""), '"gateway"'), negated(own))
+
+
+def _decnet(lowering: Lowering, term: syntax.Match) -> Condition:
+    """DECnet data packets, with long or short headers and up to one byte of padding before them."""
+    operand, headers, pool = term.operand, lowering.headers, lowering.pool
+    parts = operand.text.split(".") if isinstance(operand, syntax.Ipv4) and operand.prefix is None else []
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
+        raise lowering.fail("DECnet addresses have the form area.node", term.position)
+    area, node = map(int, parts)
+    if area > 63 or node > 1023:
+        raise lowering.fail("DECnet areas end at 63 and nodes at 1023", term.position)
+    if term.qualifiers.type == "net":
+        raise lowering.fail('"net" does not go with a DECnet address', term.position)
+    # Little-endian on the wire.
+    address = int.from_bytes((area << 10 | node).to_bytes(2, "little"), "big")
+
+    def at(long: int, short: int) -> Condition:
+        forms = []
+        for offset, flags in ((short, 0x02), (long, 0x06)):
+            forms.append(every(headers.network_test(2, 1, flags, 0x07), headers.network_test(2 + offset, 2, address)))
+            padded = headers.network_test(2, 2, 0x8100 | flags, 0xFF07)
+            forms.append(every(padded, headers.network_test(3 + offset, 2, address)))
+        return some(*forms)
+
+    return every(headers.carries(DECNET), _direction(term.qualifiers, at(15, 3), at(7, 1)))

@@ -1,0 +1,437 @@
+"""The typed tree to conditions over packet words: what each primitive means where the packet starts.
+
+The tree is read from left to right, because some primitives move the headers for all that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from kbpf.errors import FilterError, FilterSyntaxError
+from kbpf.filter import arithmetic, hosts, syntax, tunnels, wireless
+from kbpf.filter.links import IP, IP6, SAP_ISO, Headers
+from kbpf.filter.names import ETHERTYPES, LLC_SAPS, Names
+from kbpf.filter.syntax import Qualifiers
+from kbpf.filter.values import Condition, Pool, Value, every, negated, some
+from kbpf.isa.cbpf import AD_OFF
+from kbpf.specs import Layout
+
+Order = Literal["traffic", "libpcap"]
+
+TCP, UDP, SCTP = 6, 17, 132
+_PORT_PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP}
+#: IP protocols by pcap-filter(7)'s abbreviations, and the versions they are looked for in.
+IP_PROTOCOLS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "tcp": (TCP, (4, 6)),
+    "udp": (UDP, (4, 6)),
+    "sctp": (SCTP, (4, 6)),
+    "pim": (103, (4, 6)),
+    "ah": (51, (4, 6)),
+    "esp": (50, (4, 6)),
+    "icmp": (1, (4,)),
+    "igmp": (2, (4,)),
+    "igrp": (9, (4,)),
+    "vrrp": (112, (4,)),
+    "carp": (112, (4,)),
+    "icmp6": (58, (6,)),
+}
+_LINK_PROTOCOLS = {
+    **{name: ETHERTYPES[name] for name in ("ip", "ip6", "arp", "rarp", "atalk", "aarp", "decnet", "lat", "sca")},
+    **{name: ETHERTYPES[name] for name in ("moprc", "mopdl")},
+    **LLC_SAPS,
+}
+_OSI = {"esis": 0x82, "isis": 0x83, "clnp": 0x81}
+# IS-IS PDU types of each kind.
+_ISIS = {
+    "l1": (26, 24, 18, 17, 15),
+    "l2": (27, 25, 20, 17, 16),
+    "iih": (17, 16, 15),
+    "lsp": (20, 18),
+    "snp": (27, 26, 25, 24),
+    "csnp": (25, 24),
+    "psnp": (27, 26),
+}
+_IPV6_FRAGMENT = 44
+
+
+class Lowering:
+    """One expression being given its meaning."""
+
+    def __init__(
+        self, expression: str, layout: Layout, pool: Pool, names: Names, order: Order, netmask: int | None
+    ) -> None:
+        self.expression = expression
+        self.layout = layout
+        self.pool = pool
+        self.names = names
+        self.order = order
+        self.netmask = netmask
+        self.headers = Headers(pool, layout)
+
+    def condition(self, tree: syntax.Expression) -> Condition:
+        """The condition that `tree` states. Raises `FilterError` and `FilterSyntaxError`."""
+        # Conjunctions and disjunctions being lowered: their parts, and what is done already.
+        stack: list[tuple[syntax.Every | syntax.Some | syntax.Not, list[Condition]]] = []
+        current: syntax.Expression = tree
+        while True:
+            if isinstance(current, (syntax.Every, syntax.Some, syntax.Not)):
+                stack.append((current, []))
+                current = current.term if isinstance(current, syntax.Not) else current.terms[0]
+                continue
+            result = self.primitive(current)
+            while stack:
+                node, done = stack[-1]
+                if isinstance(node, syntax.Not):
+                    result = negated(result)
+                else:
+                    done.append(result)
+                    if len(done) < len(node.terms):
+                        current = node.terms[len(done)]
+                        break
+                    result = every(*done) if isinstance(node, syntax.Every) else some(*done)
+                stack.pop()
+            else:
+                return result
+
+    def fail(self, message: str, position: int) -> FilterSyntaxError:
+        return FilterSyntaxError(message, self.expression, position)
+
+    def primitive(self, term: syntax.Match | syntax.Protocol | syntax.Special | syntax.Relation) -> Condition:
+        if not (self.layout.network or self.layout.link_header):
+            self._payload_only(term)
+        if isinstance(term, syntax.Relation):
+            return arithmetic.relation(self, term)
+        if isinstance(term, syntax.Protocol):
+            if term.name in ("link", "radio"):
+                raise self.fail(f'"{term.name}" alone says nothing', term.position)
+            return self.protocol(term.name)
+        if isinstance(term, syntax.Match):
+            return self.match(term)
+        return _SPECIALS[term.name](self, term)
+
+    def _payload_only(self, term: syntax.Match | syntax.Protocol | syntax.Special | syntax.Relation) -> None:
+        """UNIX and netlink sockets carry messages without headers: only their length can be asked for."""
+        if isinstance(term, syntax.Special) and term.name in ("less", "greater"):
+            return
+        if isinstance(term, syntax.Relation) and not arithmetic.reads_packet(term):
+            return
+        raise FilterError(f"this can be answered for network packets only, not on {self.headers.describe()}")
+
+    # Protocols
+
+    def versions(self, four: Condition, six: Condition, six_first: bool = True) -> Condition:
+        """Either IP version: the one that traffic mostly has first, or in the order of libpcap's listings."""
+        if self.order == "libpcap" and six_first:
+            return some(six, four)
+        return some(four, six)
+
+    def protocol(self, name: str) -> Condition:
+        """A protocol's abbreviation."""
+        if name in IP_PROTOCOLS:
+            number, versions = IP_PROTOCOLS[name]
+            if versions == (4,):
+                return self.ip_protocol(4, number)
+            if versions == (6,):
+                return self.ip_protocol(6, number)
+            return self.versions(self.ip_protocol(4, number), self.ip_protocol(6, number))
+        if name in _OSI:
+            return self._osi(_OSI[name])
+        if name in _ISIS:
+            kinds = _ISIS[name]
+            return some(*(self._isis(kind) for kind in kinds))
+        return self.headers.carries(_LINK_PROTOCOLS[name])
+
+    def ip_protocol(self, version: int, number: int) -> Condition:
+        """IP of this version carrying protocol `number`."""
+        headers = self.headers
+        if self.layout.live and self.layout.protocol is not None:
+            carries = number == self.layout.protocol
+            return carries and headers.carries(IP if version == 4 else IP6)
+        if version == 4:
+            return every(headers.carries(IP), headers.network_test(9, 1, number))
+        fragment = every(headers.network_test(6, 1, _IPV6_FRAGMENT), headers.network_test(40, 1, number))
+        return every(headers.carries(IP6), some(headers.network_test(6, 1, number), fragment))
+
+    def _osi(self, number: int) -> Condition:
+        headers = self.headers
+        word = headers.load(headers.payload, headers.network_after_llc, 1)
+        return every(headers.carries(SAP_ISO), self.pool.test("eq", word, number))
+
+    def _isis(self, kind: int) -> Condition:
+        headers = self.headers
+        word = headers.load(headers.payload, headers.network_after_llc + 4, 1)
+        return every(self._osi(_OSI["isis"]), self.pool.test("eq", word, kind))
+
+    # Qualified operands
+
+    def match(self, term: syntax.Match) -> Condition:
+        qualifiers = term.qualifiers
+        if qualifiers.direction in wireless.DIRECTIONS and not (
+            qualifiers.protocol == "link" and self.headers.link in wireless.LINKS
+        ):
+            raise self.fail(f'"{qualifiers.direction}" is for 802.11 addresses only', term.position)
+        if qualifiers.type in ("proto", "protochain"):
+            return self._proto(term)
+        if qualifiers.type in ("port", "portrange"):
+            return self._port(term)
+        if qualifiers.type == "gateway":
+            return hosts.gateway(self, term)
+        return hosts.match(self, term)
+
+    def _proto(self, term: syntax.Match) -> Condition:
+        protocol, kind = term.qualifiers.protocol, term.qualifiers.type
+        number = self._proto_number(term)
+        if kind == "protochain":
+            if protocol not in ("", "ip", "ip6"):
+                raise self.fail(f'"protochain" does not go with "{protocol}"', term.position)
+            self._limit(number, 255, "IP protocol", term)
+            return tunnels.protochain(self, number, protocol)
+        if protocol in ("", "ip", "ip6"):
+            self._limit(number, 255, "IP protocol", term)
+            if protocol:
+                return self.ip_protocol(4 if protocol == "ip" else 6, number)
+            return self.versions(self.ip_protocol(4, number), self.ip_protocol(6, number), six_first=False)
+        if protocol == "link":
+            self._limit(number, 65535, "link-layer protocol", term)
+            return self.headers.carries(number)
+        if protocol == "iso":
+            self._limit(number, 255, "OSI protocol", term)
+            return self._osi(number)
+        if protocol == "isis":
+            self._limit(number, 255, "IS-IS PDU", term)
+            return self._isis(number)
+        raise self.fail(f'"proto" does not go with "{protocol}"', term.position)
+
+    def _limit(self, number: int, limit: int, what: str, term: syntax.Match | syntax.Special) -> None:
+        if number > limit:
+            raise self.fail(f"{what} numbers end at {limit}, {number} is too large", term.position)
+
+    def _proto_number(self, term: syntax.Match) -> int:
+        operand, protocol = term.operand, term.qualifiers.protocol
+        if isinstance(operand, syntax.Number):
+            return operand.value
+        if not isinstance(operand, syntax.Name):
+            raise self.fail(f'expected a protocol number or name after "{term.qualifiers.type}"', term.position)
+        number: int | None = None
+        if protocol in ("", "ip", "ip6"):
+            number = self.names.protocol(operand.text)
+        elif protocol == "link":
+            number = ETHERTYPES.get(operand.text, LLC_SAPS.get(operand.text))
+        elif protocol == "iso":
+            number = _OSI.get(operand.text)
+        if number is None:
+            raise self.fail(f'"{operand.text}" is no protocol known here', term.position)
+        return number
+
+    def _port(self, term: syntax.Match) -> Condition:
+        first, last, protocol = self._port_numbers(term)
+        pool = self.pool
+        direction = term.qualifiers.direction
+
+        def at(version: int, offset: int) -> Condition:
+            word = self.headers.load(self.headers.transport(version), offset, 2)
+            if first == last and term.qualifiers.type == "port":
+                return pool.test("eq", word, first)
+            if first == last:
+                return pool.test("eq", word, first) if self.order == "traffic" else _between(pool, word, first, last)
+            return _between(pool, word, first, last)
+
+        def ports(version: int) -> Condition:
+            if direction in ("src", "dst"):
+                return at(version, 0 if direction == "src" else 2)
+            both = at(version, 0), at(version, 2)
+            return every(*both) if direction == "and" else some(*both)
+
+        if protocol is not None:
+            protocols: tuple[int, ...] = (protocol,)
+        else:
+            protocols = (TCP, UDP, SCTP) if self.order == "traffic" else (SCTP, TCP, UDP)
+        return self.versions(
+            every(self.headers.carries(IP), self._one_of(4, protocols), self.first_fragment(), ports(4)),
+            every(self.headers.carries(IP6), self._one_of(6, protocols), ports(6)),
+        )
+
+    def _one_of(self, version: int, protocols: tuple[int, ...]) -> Condition:
+        if self.layout.live and self.layout.protocol is not None:
+            return self.layout.protocol in protocols
+        offset = 9 if version == 4 else 6
+        return some(*(self.headers.network_test(offset, 1, number) for number in protocols))
+
+    def first_fragment(self) -> Condition:
+        """An IPv4 packet that has a transport header. Sockets above IP get reassembled packets."""
+        if self.layout.live and self.layout.start == "transport":
+            return True
+        return self.headers.network_test(6, 2, 0, 0x1FFF)
+
+    def _port_numbers(self, term: syntax.Match) -> tuple[int, int, int | None]:
+        qualifiers, operand = term.qualifiers, term.operand
+        protocol: int | None = None
+        if qualifiers.protocol:
+            protocol = _PORT_PROTOCOLS.get(qualifiers.protocol)
+            if protocol is None:
+                raise self.fail(f'"{qualifiers.type}" does not go with "{qualifiers.protocol}"', term.position)
+        if isinstance(operand, syntax.Number):
+            if operand.value > 65535:
+                raise self.fail(f"port numbers end at 65535, {operand.value} is too large", term.position)
+            return operand.value, operand.value, protocol
+        if not isinstance(operand, syntax.Name):
+            raise self.fail(f'expected a port number or name after "{qualifiers.type}"', term.position)
+        found: tuple[int, int, int | None] | None
+        if qualifiers.type == "port":
+            port = self.names.port(operand.text)
+            found = None if port is None else (port.number, port.number, port.protocol)
+        else:
+            found = self.names.port_range(operand.text)
+        if found is None:
+            raise self.fail(f'"{operand.text}" is no port known here', term.position)
+        first, last, named = min(found[:2]), max(found[:2]), found[2]
+        if protocol is not None and named is not None and named != protocol:
+            raise self.fail(f'"{operand.text}" is no port of {qualifiers.protocol}', term.position)
+        return first, last, named if protocol is None else protocol
+
+    # Metadata
+
+    def _metadata(self, what: str, term: syntax.Special) -> None:
+        if not self.layout.live:
+            raise FilterError(f'"{what}" can be asked of live sockets only, not of {self.headers.describe()}')
+
+    def direction(self, term: syntax.Special) -> Condition:
+        headers = self.headers
+        outgoing = 4
+        if headers.link == "LINUX_SLL":
+            out = headers.link_test(0, 2, outgoing)
+        elif headers.link == "LINUX_SLL2":
+            out = headers.link_test(10, 1, outgoing)
+        else:
+            self._metadata(term.name, term)
+            out = self.pool.test("eq", self.pool.load(None, AD_OFF + 4, 2), outgoing)
+        return out if term.name == "outbound" else negated(out)
+
+    def ifindex(self, term: syntax.Special) -> Condition:
+        index = _number(term, 0)
+        if self.headers.link == "LINUX_SLL2":
+            return self.headers.link_test(4, 4, index)
+        self._metadata(term.name, term)
+        return self.pool.test("eq", self.pool.load(None, AD_OFF + 8, 4), index)
+
+    # Lengths and bytes
+
+    def less(self, term: syntax.Special) -> Condition:
+        return negated(self.pool.test("gt", self.pool.length, _number(term, 0)))
+
+    def greater(self, term: syntax.Special) -> Condition:
+        return self.pool.test("ge", self.pool.length, _number(term, 0))
+
+    def byte(self, term: syntax.Special) -> Condition:
+        offset, operator, k = _number(term, 0), term.arguments[1], _number(term, 2)
+        self._limit(k, 255, "byte", term)
+        byte = self.headers.load(self.headers.header, offset, 1)
+        if operator == "=":
+            return self.pool.test("eq", byte, k)
+        if operator == ">":
+            return self.pool.test("gt", byte, k)
+        if operator == "<":
+            return negated(self.pool.test("ge", byte, k))
+        kind = "and" if operator == "&" else "or"
+        return negated(self.pool.test("eq", self.pool.op(kind, byte, self.pool.const(k)), 0))
+
+    # Broadcast and multicast
+
+    def broadcast(self, term: syntax.Special) -> Condition:
+        if term.protocol in ("", "link"):
+            return hosts.mac(self, (1 << 48) - 1, Qualifiers("link", "dst", ""), "broadcast")
+        if term.protocol != "ip":
+            raise self.fail(f'"broadcast" does not go with "{term.protocol}"', term.position)
+        if self.netmask is None:
+            raise FilterError('"ip broadcast" needs the network mask, which is not known here')
+        host = ~self.netmask & 0xFFFFFFFF
+        word = self.headers.network_word(16, 4)
+        return every(
+            self.headers.carries(IP), some(self.pool.test("eq", word, 0, host), self.pool.test("eq", word, host, host))
+        )
+
+    def multicast(self, term: syntax.Special) -> Condition:
+        headers = self.headers
+        if term.protocol in ("", "link"):
+            if headers.link in wireless.LINKS:
+                return wireless.multicast(headers)
+            is_ethernet = headers.ethernet(f'"{term.name}"')
+            return every(is_ethernet, negated(headers.link_test(0, 1, 0, 1)))
+        if term.protocol == "ip":
+            return every(headers.carries(IP), self.pool.test("ge", headers.network_word(16, 1), 224))
+        if term.protocol == "ip6":
+            return every(headers.carries(IP6), headers.network_test(24, 1, 255))
+        raise self.fail(f'"multicast" does not go with "{term.protocol}"', term.position)
+
+    # 802.2
+
+    def llc(self, term: syntax.Special) -> Condition:
+        headers = self.headers
+        headers.require('"llc"', "EN10MB", *wireless.LINKS)
+        if headers.link == "EN10MB":
+            frame = every(headers.is_802_3(), negated(self.pool.test("eq", headers.llc_word(0, 2), 0xFFFF)))
+        else:
+            frame = headers.wireless_data()
+        if not term.arguments:
+            return frame
+        name = str(term.arguments[0])
+        form = _LLC_FORMS.get(name)
+        if form is None:
+            raise self.fail(f'"{name}" is no kind of LLC frame', term.position)
+        return every(frame, self.pool.test("eq", headers.llc_word(2, 1), *form))
+
+
+def _number(term: syntax.Special, index: int) -> int:
+    value = term.arguments[index]
+    assert isinstance(value, int)
+    return value
+
+
+def _between(pool: Pool, word: Value, first: int, last: int) -> Condition:
+    return every(pool.test("ge", word, first), negated(pool.test("gt", word, last)))
+
+
+# The control byte's value under a mask, for I frames, S frames, U frames and their kinds.
+_LLC_FORMS: dict[str, tuple[int, int]] = {
+    "i": (0, 0x01),
+    "s": (0x01, 0x03),
+    "u": (0x03, 0x03),
+    "rr": (0x01, 0x0F),
+    "rnr": (0x05, 0x0F),
+    "rej": (0x09, 0x0F),
+    **{
+        name: (control, 0xEF)
+        for name, control in {
+            "ui": 0x03,
+            "ua": 0x63,
+            "disc": 0x43,
+            "dm": 0x0F,
+            "sabme": 0x6F,
+            "test": 0xE3,
+            "xid": 0xAF,
+            "frmr": 0x87,
+        }.items()
+    },
+}
+
+_SPECIALS: dict[str, Callable[[Lowering, syntax.Special], Condition]] = {
+    "inbound": Lowering.direction,
+    "outbound": Lowering.direction,
+    "ifindex": Lowering.ifindex,
+    "less": Lowering.less,
+    "greater": Lowering.greater,
+    "byte": Lowering.byte,
+    "broadcast": Lowering.broadcast,
+    "multicast": Lowering.multicast,
+    "llc": Lowering.llc,
+    "vlan": tunnels.vlan,
+    "mpls": tunnels.mpls,
+    "pppoed": tunnels.pppoed,
+    "pppoes": tunnels.pppoes,
+    "geneve": tunnels.geneve,
+    "vxlan": tunnels.vxlan,
+    "type": wireless.frame_type,
+    "subtype": wireless.frame_type,
+    "dir": wireless.frame_direction,
+}
