@@ -41,9 +41,10 @@ def command(
     if read is not None:
         _count_capture(read, _expressions(arguments), as_json)
         return
-    interface, expressions = arguments[0], _expressions(arguments[1:])
+    interface = arguments[0]
     if _NAMED.fullmatch(interface):
         raise click.UsageError("The first argument is the interface; with --read FILE there is none.")
+    expressions = _expressions(arguments[1:])
     with closing(kbpf.packet_socket(interface)) as socket, Counter(socket, expressions) as counter:
         elapsed = 0.0
         with until_interrupted(), redrawn() as draw:

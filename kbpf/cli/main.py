@@ -46,7 +46,7 @@ def describe(error: Exception) -> str:
 def main() -> None:
     """Run the command line and exit."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="kbpf", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()

@@ -2,7 +2,8 @@
 
 A BPF link, program or map lives by a descriptor or a pin, so these show it. Pins under /sys/fs/bpf and named network
 namespaces are the machine's and may be somebody else's, so `leaked` looks again for a while before it accuses:
-what goes away by itself was not leaked.
+what goes away by itself was not leaked. What `kbpf.testing.network` made for another process that still runs is
+that one's.
 """
 
 from __future__ import annotations
@@ -66,9 +67,14 @@ def _children() -> frozenset[str]:
 
 def _namespaces() -> frozenset[str]:
     try:
-        return frozenset(path.name for path in NETWORK_NAMESPACES.iterdir())
+        return frozenset(path.name for path in NETWORK_NAMESPACES.iterdir() if not _is_others(path.name))
     except OSError:
         return frozenset()
+
+
+def _is_others(namespace: str) -> bool:
+    made = re.match(r"kbpf-test-(\d+)-", namespace)
+    return made is not None and int(made[1]) != os.getpid() and Path("/proc", made[1]).exists()
 
 
 def snapshot() -> Snapshot:
