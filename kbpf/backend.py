@@ -205,7 +205,13 @@ class Backend(Protocol):
         ...
 
     def explain_denied(
-        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+        self,
+        operation: str,
+        errno: int,
+        *,
+        program_type: str = "",
+        map_type: str = "",
+        socket: SocketLike | None = None,
     ) -> tuple[str, ...]:
         """Why EPERM or EACCES came: a line each for reason and remedy, from what this process really lacks."""
         ...

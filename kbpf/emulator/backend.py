@@ -263,7 +263,13 @@ class EmulatorBackend:
         return sockets.open_packet_socket(interface, type=type, protocol=protocol)
 
     def explain_denied(
-        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+        self,
+        operation: str,
+        errno: int,
+        *,
+        program_type: str = "",
+        map_type: str = "",
+        socket: SocketLike | None = None,
     ) -> tuple[str, ...]:
         return ()
 

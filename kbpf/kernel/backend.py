@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from kbpf.backend import Backend
+from kbpf.backend import Backend, SocketLike
 from kbpf.kernel.maps import MapCommands
 from kbpf.kernel.objects import ObjectCommands
 from kbpf.kernel.programs import ProgramCommands
@@ -24,11 +24,19 @@ class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls):
     verifies = True
 
     def explain_denied(
-        self, operation: str, errno: int, *, program_type: str = "", map_type: str = ""
+        self,
+        operation: str,
+        errno: int,
+        *,
+        program_type: str = "",
+        map_type: str = "",
+        socket: SocketLike | None = None,
     ) -> tuple[str, ...]:
         from kbpf.kernel.denied import explain_denied
 
-        return explain_denied(operation, errno, program_type=program_type, map_type=map_type)
+        return explain_denied(
+            operation, errno, program_type=program_type, map_type=map_type, socket=socket
+        )
 
 
 @cache

@@ -73,7 +73,7 @@ def put(backend: Backend, socket: Any, what: str | Filter | Program, drain: bool
     except KbpfError:
         raise
     except OSError as error:
-        raise failed(error, backend, what) from None
+        raise failed(error, backend, socket, what) from None
     return what
 
 

@@ -95,6 +95,8 @@ def _from_int(value: int, size: int) -> bytes:
 
 def _scalar_codec(letter: str, size: int) -> Codec:
     packer = struct.Struct("=" + letter)
+    # Only known as a str here; memoryview wants one of its literals.
+    form: Any = letter
     pack, unpack = packer.pack, packer.unpack
 
     def encode(value: Any) -> bytes:
@@ -109,7 +111,8 @@ def _scalar_codec(letter: str, size: int) -> Codec:
         return unpack(data)[0]
 
     def decode_many(data: bytes) -> list[Any]:
-        return memoryview(data).cast(letter).tolist()
+        values: list[Any] = memoryview(data).cast(form).tolist()
+        return values
 
     return Codec(size, encode, decode, decode_many)
 

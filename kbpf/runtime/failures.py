@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kbpf.backend import Backend, LoadRefused
 from kbpf.errors import ENOTSUPP, BpfError, KbpfError, NotSupportedError, PermissionDeniedError, VerifierError
@@ -20,12 +21,13 @@ def doing(
     operation: str,
     program_type: str = "",
     map_type: str = "",
+    socket: Any = None,
     hints: tuple[str, ...] = (),
 ) -> Iterator[None]:
     """Run a backend's method, translating what it raises.
 
     `what` is the attempt in a user's words (``load program "count" (socket_filter)``), `operation`
-    the bpf(2) command or socket option for the explanation of a refusal.
+    the bpf(2) command or socket option, and `socket` the socket, for the explanation of a refusal.
     """
     try:
         yield
@@ -33,7 +35,14 @@ def doing(
         raise
     except OSError as error:
         raise translate(
-            error, backend, what, operation=operation, program_type=program_type, map_type=map_type, hints=hints
+            error,
+            backend,
+            what,
+            operation=operation,
+            program_type=program_type,
+            map_type=map_type,
+            socket=socket,
+            hints=hints,
         ) from None
 
 
@@ -45,13 +54,16 @@ def translate(
     operation: str,
     program_type: str = "",
     map_type: str = "",
+    socket: Any = None,
     hints: tuple[str, ...] = (),
 ) -> BpfError:
     """The exception for an errno; see `doing`."""
     number = error.errno or 0
     log = error.log if isinstance(error, LoadRefused) else ""
     if number in (errno.EPERM, errno.EACCES) and not log:
-        reasons = backend.explain_denied(operation, number, program_type=program_type, map_type=map_type)
+        reasons = backend.explain_denied(
+            operation, number, program_type=program_type, map_type=map_type, socket=socket
+        )
         return PermissionDeniedError(number, what, (*reasons, *hints))
     if isinstance(error, LoadRefused):
         return VerifierError(number, what, log, hints)

@@ -46,7 +46,7 @@ class Link:
         """
         if self.attached is None:
             return False
-        with doing(self._backend, "detach the socket's filter", operation="SO_DETACH_FILTER"):
+        with doing(self._backend, "detach the socket's filter", operation="SO_DETACH_FILTER", socket=self.socket):
             if not self._is_ours():
                 self.attached = None
                 return False
@@ -71,7 +71,7 @@ class Link:
 
     def lock(self) -> None:
         """SO_LOCK_FILTER (Linux 3.9): nobody can change or detach the filter any more, this process included."""
-        with doing(self._backend, "lock the socket's filter", operation="SO_LOCK_FILTER"):
+        with doing(self._backend, "lock the socket's filter", operation="SO_LOCK_FILTER", socket=self.socket):
             self._backend.socket_lock(self.socket)
 
     def read_back(self) -> Filter | None:
@@ -79,8 +79,10 @@ class Link:
 
         Raises `PermissionDeniedError` (EACCES) where an eBPF program is: it cannot be read back.
         """
-        with doing(self._backend, "read the socket's filter back", operation="SO_GET_FILTER"):
+        with doing(self._backend, "read the socket's filter back", operation="SO_GET_FILTER", socket=self.socket):
             raw = self._backend.socket_get_filter(self.socket)
+        if isinstance(self.attached, Filter) and raw == cbpf.encode(self.attached.instructions):
+            return self.attached
         return Filter(cbpf.decode(raw), layout=self._layout) if raw else None
 
     def _is_ours(self) -> bool:
@@ -109,8 +111,8 @@ class Link:
         return f"<Link {self.attached!r} on {self.socket!r}, {self.backend}>"
 
 
-def failed(error: OSError, backend: Backend, what: Filter | Program) -> BpfError:
+def failed(error: OSError, backend: Backend, socket: Any, what: Filter | Program) -> BpfError:
     """The exception for a refused attachment."""
     operation = "SO_ATTACH_BPF" if isinstance(what, Program) else "SO_ATTACH_FILTER"
     named = what.label if isinstance(what, Program) else f"a filter of {len(what)} instructions"
-    return translate(error, backend, f"attach {named} to the socket", operation=operation)
+    return translate(error, backend, f"attach {named} to the socket", operation=operation, socket=socket)

@@ -324,8 +324,8 @@ def _types_from_btf(backend: Backend, fd: int, key_id: int, value_id: int) -> tu
         return None, None
     from kbpf.elf.btf import Btf
 
-    btf = Btf.parse(blob)
-    return btf.type(key_id), btf.type(value_id)
+    btf = Btf(blob)
+    return btf.resolve(key_id), btf.resolve(value_id)
 
 
 def _id_of_name(backend: Backend, name: str) -> int:

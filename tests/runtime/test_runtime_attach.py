@@ -117,7 +117,7 @@ def test_somebody_elses_filter_is_left_alone(udp):
     receiver, _ = udp
     with kbpf.attach(receiver, KEEP, backend="kernel"):
         theirs = kbpf.attach(receiver, DROP, backend="kernel")
-    assert theirs.read_back() == DROP
+    assert theirs.read_back() is DROP
     assert theirs.detach() is True
 
 
