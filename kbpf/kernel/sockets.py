@@ -114,8 +114,8 @@ class SocketCalls:
         # Without a protocol it receives nothing: no packet of another interface is queued before it is bound.
         made = sockets.socket(sockets.AF_PACKET, sockets.SOCK_RAW if type == "raw" else sockets.SOCK_DGRAM, 0)
         try:
-            # Python's own bind() cuts a long name, to what may be another interface.
-            index = 0 if interface is None else sockets.if_nametoindex(interface)
+            # Python's own bind() cuts a long name, to what may be another interface's.
+            index = 0 if interface is None else _interface_index(interface)
             address = _SOCKADDR_LL.pack(sockets.AF_PACKET, sockets.htons(protocol), index, 0, 0, 0, b"")
             syscall.bind(made.fileno(), address)
         except BaseException:
@@ -128,6 +128,14 @@ def socket_option(fd: int, option: int) -> int:
     """An integer option of level SOL_SOCKET."""
     data, _ = syscall.getsockopt(fd, sockets.SOL_SOCKET, option, room=4)
     return int(struct.unpack("i", data)[0])
+
+
+def _interface_index(name: str) -> int:
+    try:
+        return sockets.if_nametoindex(name)
+    except OSError:
+        # Python's error has no errno.
+        raise syscall.failure(errno.ENODEV) from None
 
 
 def _identity(fd: int) -> tuple[int, int, int]:

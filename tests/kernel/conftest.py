@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import kbpf
 import pytest
+
+import kbpf
 from kbpf.kernel.backend import KernelBackend
 from kbpf.testing.requirements import SYSTEM_PYTHON, as_nobody
 
@@ -38,12 +39,16 @@ def keep(kernel: KernelBackend) -> Iterator[Callable[[int], int]]:
         os.close(fd)
 
 
+def open_descriptors() -> set[int]:
+    return {int(path.name) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+
+
 @pytest.fixture(autouse=True)
 def no_descriptor_leaks() -> Iterator[None]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
     gc.collect()
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() <= before
 
 
 @pytest.fixture(scope="session")
@@ -72,17 +77,13 @@ def nobody(readable_kbpf: Path) -> Runner:
 @pytest.fixture
 def own_namespace(readable_kbpf: Path) -> Runner:
     """The same as root of a new user and network namespace."""
-    return lambda script, *rest: _run(
-        readable_kbpf, as_nobody("unshare", "-Urn", SYSTEM_PYTHON, "-c", script, *rest)
-    )
+    return lambda script, *rest: _run(readable_kbpf, as_nobody("unshare", "-Urn", SYSTEM_PYTHON, "-c", script, *rest))
 
 
 @pytest.fixture
 def network_namespace(readable_kbpf: Path) -> Runner:
     """Run a shell command in a new network namespace, as root; ``$PYTHON`` is this interpreter."""
-    return lambda command: _run(
-        readable_kbpf, ["unshare", "--net", "sh", "-ec", f"PYTHON={sys.executable}; {command}"]
-    )
+    return lambda command: _run(readable_kbpf, ["unshare", "--net", "sh", "-ec", f"PYTHON={sys.executable}; {command}"])
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
 from kbpf.backend import MapInfo
 from kbpf.errors import ENOTSUPP
 from kbpf.kernel.attrs import object_name
@@ -219,7 +221,7 @@ def test_a_type_without_batches_says_so(kernel: KernelBackend, keep: Keep) -> No
 def test_descriptors_that_are_no_maps(kernel: KernelBackend) -> None:
     with refused(errno.EBADF):
         kernel.map_lookup(9999, u32(0), 4)
-    with open("/dev/null") as file, refused(errno.EINVAL):
+    with Path("/dev/null").open() as file, refused(errno.EINVAL):
         kernel.map_update(file.fileno(), u32(0), u32(0))
 
 
