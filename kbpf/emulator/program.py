@@ -133,7 +133,7 @@ def _tag(spec: ProgramSpec) -> bytes:
         if after_map:
             plain[-1] = instruction._replace(imm=0)
         after_map = refers
-    return hashlib.sha1(ebpf.encode(plain)).digest()[:8]
+    return hashlib.sha256(ebpf.encode(plain)).digest()[:8]
 
 
 _ids = itertools.count(1)

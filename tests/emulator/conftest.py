@@ -1,0 +1,20 @@
+"""The kernel and the emulator, side by side."""
+
+from __future__ import annotations
+
+import pytest
+from sides import Side
+
+from kbpf.emulator.backend import EmulatorBackend
+
+
+@pytest.fixture
+def emulator() -> Side:
+    return Side(EmulatorBackend())
+
+
+@pytest.fixture
+def kernel() -> Side:
+    from kbpf.kernel.backend import KernelBackend
+
+    return Side(KernelBackend())
