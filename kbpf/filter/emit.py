@@ -56,6 +56,7 @@ class _Step(NamedTuple):
     reads_x: bool
     reads_kept: Value | None
     after: _State
+    stored: Value | None = None
 
 
 class _Block:
@@ -124,8 +125,8 @@ class _Emitter:
         for source, outcome, state in edges:
             entry = len(steps) if (source, outcome) in ready else _entry(steps, state)
             entries[(source, outcome)] = entry
-            if entry:
-                ends.append(_through(steps[entry:], state))
+            if entry or not steps:
+                ends.append(_through(steps[entry:], state, self.slots))
         end = _meet(ends) if ends else _State()
         yes, no = (node.no, node.yes) if swapped else (node.yes, node.no)
         if node.yes is node.no:
@@ -204,10 +205,9 @@ class _Emitter:
         if self.uses.get(value, 0) > 1 and value not in code.state.kept and _cost(value) >= _WORTH_KEEPING:
             slot = self.slots.get(value)
             if slot is None:
-                if len(self.slots) >= cbpf.MEMWORDS // 2:
-                    return
-                slot = self.slots[value] = len(self.slots)
-            code.add(stmt(cbpf.ST, slot), kept=value, reads_a=True)
+                # Taken in turn: what is overwritten is computed again where it is wanted.
+                slot = self.slots[value] = len(self.slots) % (cbpf.MEMWORDS // 2)
+            code.keep(value, slot, self.slots)
 
     def _cheap_x(self, code: _Code, value: Value) -> bool:
         """X can be had without going through A."""
@@ -263,7 +263,6 @@ class _Code:
         *,
         a: Value | None = None,
         x: Value | None = None,
-        kept: Value | None = None,
         reads_a: bool = False,
         reads_x: bool = False,
         reads_kept: Value | None = None,
@@ -275,12 +274,22 @@ class _Code:
             after = after._replace(a=a)
         if x is not None:
             after = after._replace(x=x)
-        if kept is not None:
-            after = after._replace(kept=after.kept | {kept})
         # A read of a scratch word that this block wrote: nothing may enter between.
         reads_kept = reads_kept if not internal else _INTERNAL
         self.steps.append(_Step(before, instruction, reads_a, reads_x, reads_kept, after))
         self.state = after
+
+    def keep(self, value: Value, slot: int, slots: dict[Value, int]) -> None:
+        """Store A, which is `value`, in a scratch word."""
+        before = self.state
+        after = before._replace(kept=_stored(before.kept, value, slots))
+        self.steps.append(_Step(before, stmt(cbpf.ST, slot), True, False, None, after, value))
+        self.state = after
+
+
+def _stored(kept: frozenset[Value], value: Value, slots: dict[Value, int]) -> frozenset[Value]:
+    slot = slots[value]
+    return frozenset(other for other in kept if slots[other] != slot) | {value}
 
 
 _INTERNAL = Value("internal")
@@ -290,7 +299,7 @@ def _entry(steps: list[_Step], state: _State) -> int:
     """The last instruction at which an edge with `state` may come in."""
     entry = 0
     needs_a = needs_x = internal = False
-    needs_kept: set[Value] = set()
+    needs_kept: set[Value | None] = set()
     for index in range(len(steps) - 1, -1, -1):
         step = steps[index]
         if step.instruction.code in (cbpf.ST, cbpf.STX) and internal:
@@ -299,7 +308,7 @@ def _entry(steps: list[_Step], state: _State) -> int:
             needs_a = False
         if step.after.x is not step.before.x:
             needs_x = False
-        needs_kept -= step.after.kept - step.before.kept
+        needs_kept.discard(step.stored)
         needs_a = needs_a or step.reads_a
         needs_x = needs_x or step.reads_x
         if step.reads_kept is _INTERNAL:
@@ -319,14 +328,15 @@ def _entry(steps: list[_Step], state: _State) -> int:
     return entry
 
 
-def _through(steps: list[_Step], state: _State) -> _State:
+def _through(steps: list[_Step], state: _State, slots: dict[Value, int]) -> _State:
     """The state after `steps` on an edge that came with `state`."""
     for step in steps:
         if step.after.a is not step.before.a or step.instruction.code & 7 in (cbpf.LD, cbpf.ALU):
             state = state._replace(a=step.after.a)
         if step.after.x is not step.before.x or step.instruction.code & 7 == cbpf.LDX:
             state = state._replace(x=step.after.x)
-        state = state._replace(kept=state.kept | (step.after.kept - step.before.kept))
+        if step.stored is not None:
+            state = state._replace(kept=_stored(state.kept, step.stored, slots))
     return state
 
 
@@ -346,13 +356,13 @@ def _header_length(value: Value) -> int | None:
 
 def _cost(value: Value) -> int:
     """About how many instructions it takes to compute a value, up to what is worth keeping."""
-    if _header_length(value) is not None:
-        return 1
     cost = 0
     stack = [value]
     while stack and cost < _WORTH_KEEPING:
         value = stack.pop()
         cost += 1
+        if _header_length(value) is not None:
+            continue
         if value.left is not None:
             stack.append(value.left)
         if value.right is not None and value.right.kind != "const":

@@ -34,7 +34,17 @@ _P_802_3, _P_802_2 = 1, 4
 # ARPHRD_ETHER and ARPHRD_LOOPBACK: devices with Ethernet headers.
 _ETHERNET_HARDWARE = (1, 772)
 # PPP's protocol numbers for EtherTypes and SAPs.
-_PPP = {IP: 0x21, IP6: 0x57, DECNET: 0x27, ATALK: 0x29, 0x0600: 0x25, SAP_ISO: 0x23, SAP_STP: 0x31, SAP_IPX: 0x2B}
+_PPP = {
+    IP: 0x21,
+    IP6: 0x57,
+    DECNET: 0x27,
+    ATALK: 0x29,
+    0x0600: 0x25,
+    SAP_ISO: 0x23,
+    SAP_STP: 0x31,
+    SAP_IPX: 0x2B,
+    MPLS: 0x281,
+}
 
 _NAMES = {
     0: "NULL",
@@ -192,7 +202,9 @@ class Headers:
             return self._labelled(protocol)
         if self.link == "EN10MB":
             return self._ethernet(protocol)
-        if self.link in ("LINUX_SLL", "LINUX_SLL2", "METADATA"):
+        if self.link == "LINUX_SLL2":
+            return self._type(protocol)
+        if self.link in ("LINUX_SLL", "METADATA"):
             return self._cooked(protocol)
         if self.link == "NULL":
             # Address families in the byte order of the host that captured; this one's is assumed.

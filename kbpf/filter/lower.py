@@ -199,7 +199,7 @@ class Lowering:
             self._limit(number, 255, "OSI protocol", term)
             return self._osi(number)
         if protocol == "isis":
-            self._limit(number, 255, "IS-IS PDU", term)
+            self._limit(number, 31, "IS-IS PDU", term)
             return self._isis(number)
         raise self.fail(f'"proto" does not go with "{protocol}"', term.position)
 

@@ -35,7 +35,11 @@ def _round(root: Successor, builder: Builder) -> Successor:
             continue
         evaluated = subject(node.test) in facts or node.test.value.never_faults
         targets = []
-        for outcome, successor in ((True, node.yes), (False, node.no)):
+        sure = decide(node.test, facts)
+        for outcome, successor in (
+            (True, node.yes if sure is not False else node.no),
+            (False, node.no if sure is not True else node.yes),
+        ):
             after = learn(facts, node.test, outcome)
             target = _follow(successor, after)
             targets.append(target)

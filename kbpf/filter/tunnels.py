@@ -67,7 +67,7 @@ def mpls(lowering: Lowering, term: syntax.Special) -> Condition:
         # Not the bottom of the stack.
         stacked = headers.network_test(-2, 1, 0, 1)
     else:
-        headers.require('"mpls"', "EN10MB", "METADATA")
+        headers.require('"mpls"', "EN10MB", "METADATA", "PPP")
         stacked = headers.carries(MPLS)
     label = _argument(lowering, term, 0xFFFFF, "MPLS label")
     if label is not None:
