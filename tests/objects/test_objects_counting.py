@@ -90,7 +90,7 @@ NOT_COUNTED = {
     "arp": frame(0x806, bytes(28)),
     "wrong version": frame(0x800, ipv6(UDP, UDP_PACKET)),
     "header too short": frame(0x800, b"\x44" + ipv4(UDP, UDP_PACKET)[1:]),
-    "cut short": frame(0x8100, b"\0\1\x86\xdd" + ipv6(UDP, b"")[:16]),
+    "cut short": frame(0x8100, b"\0\1\x86\xdd" + ipv6(UDP, b"")[:6]),
 }
 
 
