@@ -34,9 +34,7 @@ class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls):
     ) -> tuple[str, ...]:
         from kbpf.kernel.denied import explain_denied
 
-        return explain_denied(
-            operation, errno, program_type=program_type, map_type=map_type, socket=socket
-        )
+        return explain_denied(operation, errno, program_type=program_type, map_type=map_type, socket=socket)
 
 
 @cache

@@ -73,7 +73,7 @@ def compile_bcc(text: str, program_types: Mapping[str, str], cflags: Sequence[st
     `ObjectError` with the compiler's messages, `MissingDependencyError` without bcc or kernel headers, `LoadRefused`
     with the verifier's log, and `OSError`. Nothing stays open after an error.
     """
-    bcc = _import_bcc()
+    bcc = import_bcc()
     headers = find_headers()
     if headers is None:
         raise MissingDependencyError(f"bcc needs the kernel's headers: {install_command('headers')}")
@@ -128,7 +128,7 @@ def _take(bcc: ModuleType, module: ctypes.c_void_p, program_types: Mapping[str, 
 
 
 @cache
-def _import_bcc() -> ModuleType:
+def import_bcc() -> ModuleType:
     """Import that one package from where it is; its folder does not go onto the path."""
     place = find_bcc()
     if place is None:

@@ -137,11 +137,11 @@ def test_what_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernel_bcc, "find_headers", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"headers.*install"):
         kbpf.bcc.load("int f(void *skb) { return 0; }")
-    kernel_bcc._import_bcc.cache_clear()
+    kernel_bcc.import_bcc.cache_clear()
     monkeypatch.setattr(kernel_bcc, "find_bcc", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"bcc is not installed: .*install"):
         kbpf.bcc.load("int f(void *skb) { return 0; }")
-    kernel_bcc._import_bcc.cache_clear()
+    kernel_bcc.import_bcc.cache_clear()
 
 
 def test_without_permission_it_is_refused_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +150,6 @@ def test_without_permission_it_is_refused_before_compiling(monkeypatch: pytest.M
         kbpf.bcc.load(SOCKEX1)
 
 
-def test_importing_the_door_does_not_import_bcc() -> None:
+def test_importing_the_door_does_notimport_bcc() -> None:
     script = "import kbpf.bcc, sys; assert 'bcc' not in sys.modules and 'ctypes' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -63,15 +63,21 @@ def readable_kbpf() -> Iterator[Path]:
 
 def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=30, check=False, pass_fds=()
-    )
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
 
 
 @pytest.fixture
 def nobody(readable_kbpf: Path) -> Runner:
-    """``nobody(script, *arguments)``: run Python as a user without capabilities."""
-    return lambda script, *rest: _run(readable_kbpf, as_nobody(SYSTEM_PYTHON, "-c", script, *rest))
+    """``nobody(script, *arguments)``: run Python as a user with no capabilities, or with the given ones."""
+
+    def run(script: str, *rest: str, capabilities: str = "") -> subprocess.CompletedProcess[str]:
+        command = as_nobody(SYSTEM_PYTHON, "-c", script, *rest)
+        if capabilities:
+            command[1:1] = [f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"]
+            command.remove("--inh-caps=-all")
+        return _run(readable_kbpf, command)
+
+    return run
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +111,58 @@ class TestOwnNamespace:
         first, second = own_namespace(script).stdout.splitlines()
         assert first.split() == ["True", "False", "False"]
         assert "must be held in the initial user namespace" in second
+
+
+@pytest.mark.requires("unprivileged", "kernel")
+@pytest.mark.parametrize(
+    ("granted", "expected"),
+    [
+        ("+bpf", ["ok", "ok", "EPERM", "EPERM"]),
+        ("+bpf,+net_admin", ["ok", "ok", "ok", "EPERM"]),
+        ("+bpf,+perfmon", ["ok", "ok", "EPERM", "ok"]),
+        ("+sys_admin", ["ok", "ok", "ok", "ok"]),
+        ("+net_raw", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ],
+)
+def test_the_forecast_is_what_the_kernel_then_does(nobody: Runner, granted: str, expected: list[str]) -> None:
+    script = PRELUDE + (
+        "types = ('socket_filter', 'sk_reuseport', 'xdp', 'raw_tracepoint')\n"
+        "load = lambda type: kernel.program_load(ProgramSpec(type=type, instructions=[(0xB7,), (0x95,)]), ())\n"
+        "for type in types: print(outcome(load, type))\n"
+        "for type in types: print('ok' if probes.may_use_bpf(type) else 'EPERM')\n"
+    )
+    said = words(nobody(script, capabilities=granted))
+    assert said == expected * 2
+
+
+@pytest.mark.requires("kernel")
+def test_a_seccomp_filter_is_named(readable_kbpf: Path) -> None:
+    script = (
+        PRELUDE
+        + """
+import ctypes, struct
+from kbpf.kernel import syscall
+from kbpf.kernel.syscall import Buffer, _SYS_BPF
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+refuse, allow = 0x00050000 | errno.EPERM, 0x7FFF0000
+program = Buffer(cbpf.encode([
+    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 0), cbpf.jump(cbpf.JMP | cbpf.JEQ, _SYS_BPF, 0, 1),
+    cbpf.stmt(cbpf.RET, refuse), cbpf.stmt(cbpf.RET, allow),
+]))
+fprog = Buffer(struct.pack("@HP", 4, program.address))
+libc = ctypes.CDLL(None)
+assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(fprog.address)) == 0
+print(probes.may_use_bpf(), probes.privileges().seccomp, probes.privileges().no_new_privs)
+print(kernel.explain_denied("map_create", errno.EPERM, map_type="hash")[0])
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=readable_kbpf, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.splitlines() == ["False 2 True", "a seccomp filter refuses every bpf(2) of this process"], (
+        done.stderr
+    )
 
 
 def held(**changes: object) -> Privileges:
