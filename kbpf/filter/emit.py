@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from kbpf.errors import FilterError
 from kbpf.filter.graph import Node, Successor, in_order
+from kbpf.filter.layout import Block, lay_out
 from kbpf.filter.values import M32, Pool, Value
 from kbpf.isa import cbpf
 from kbpf.isa.cbpf import Instruction, jump, stmt
@@ -59,26 +60,6 @@ class _Step(NamedTuple):
     stored: Value | None = None
 
 
-class _Block:
-    """A node's code. `entries` says at which of its instructions an edge comes in."""
-
-    __slots__ = ("code", "entries", "jump", "no", "yes")
-
-    def __init__(
-        self,
-        code: list[Instruction],
-        entries: dict[tuple[Node, bool], int],
-        jump: Instruction | None,
-        yes: Successor,
-        no: Successor,
-    ) -> None:
-        self.code = code
-        self.entries = entries
-        self.jump = jump
-        self.yes = yes
-        self.no = no
-
-
 def emit(root: Successor, pool: Pool, accept: int, *, masks_as_sets: bool = True) -> tuple[Instruction, ...]:
     """The program that returns `accept` where the graph accepts, else 0.
 
@@ -103,16 +84,16 @@ class _Emitter:
 
     def program(self) -> tuple[Instruction, ...]:
         incoming: dict[Node, list[tuple[Node, bool, _State]]] = {node: [] for node in self.order}
-        blocks: dict[Node, _Block] = {}
+        blocks: dict[Node, Block] = {}
         for node in self.order:
             block, state = self._block(node, incoming[node])
             blocks[node] = block
             for outcome, successor in ((True, node.yes), (False, node.no)):
                 if isinstance(successor, Node):
                     incoming[successor].append((node, outcome, state))
-        return _laid_out(self.order, blocks, self.accept)
+        return lay_out(self.order, blocks, self.accept)
 
-    def _block(self, node: Node, edges: list[tuple[Node, bool, _State]]) -> tuple[_Block, _State]:
+    def _block(self, node: Node, edges: list[tuple[Node, bool, _State]]) -> tuple[Block, _State]:
         wanted, jump_code, swapped = self._comparison(node)
         ready = {(edge[0], edge[1]) for edge in edges if edge[2].a is wanted and node.test.other is None}
         others = [edge for edge in edges if (edge[0], edge[1]) not in ready]
@@ -128,10 +109,10 @@ class _Emitter:
             if entry or not steps:
                 ends.append(_through(steps[entry:], state, self.slots))
         end = _meet(ends) if ends else _State()
-        yes, no = (node.no, node.yes) if swapped else (node.yes, node.no)
+        instructions = [step.instruction for step in steps]
         if node.yes is node.no:
-            return _Block([s.instruction for s in steps], entries, None, node.yes, node.no), end
-        return _Block([s.instruction for s in steps], entries, jump_code, yes, no), end
+            return Block(instructions, entries, None, (True, True)), end
+        return Block(instructions, entries, jump_code, (not swapped, swapped)), end
 
     def _comparison(self, node: Node) -> tuple[Value, Instruction, bool]:
         """What must be in A, the jump, and whether its outcomes are the other way round."""
@@ -387,87 +368,3 @@ def _uses(order: list[Node]) -> dict[Value, int]:
             if value.right is not None:
                 stack.append(value.right)
     return uses
-
-
-# Layout
-
-
-def _laid_out(order: list[Node], blocks: dict[Node, _Block], accept: int) -> tuple[Instruction, ...]:
-    verdicts = {True: stmt(cbpf.RET | cbpf.K, accept), False: stmt(cbpf.RET | cbpf.K, 0)}
-    # How many of a block's jumps go through an instruction of their own behind it.
-    far: dict[Node, set[bool]] = {node: set() for node in order}
-    used = {s for b in blocks.values() for s in (b.yes, b.no) if isinstance(s, bool)}
-    tail = [verdict for verdict in (True, False) if verdict in used]
-    while True:
-        starts: dict[Successor, int] = {}
-        pc = 0
-        for index, node in enumerate(order):
-            starts[node] = pc
-            block = blocks[node]
-            pc += len(block.code) + len(far[node])
-            if block.jump is not None:
-                pc += 1
-            elif not _falls_to(order, index, blocks, tail):
-                pc += 1
-        for verdict in tail:
-            starts[verdict] = pc
-            pc += 1
-        grown = False
-        for node in order:
-            block = blocks[node]
-            if block.jump is None:
-                continue
-            at = starts[node] + len(block.code) + 1
-            for outcome, successor in ((True, block.yes), (False, block.no)):
-                if outcome not in far[node] and _target(starts, blocks, node, outcome, successor) - at > 255:
-                    far[node].add(outcome)
-                    grown = True
-        if not grown:
-            break
-    out: list[Instruction] = []
-    for index, node in enumerate(order):
-        block = blocks[node]
-        out += block.code
-        if block.jump is None:
-            if not _falls_to(order, index, blocks, tail):
-                out.append(stmt(cbpf.JMP | cbpf.JA, _target(starts, blocks, node, True, block.yes) - len(out) - 1))
-            continue
-        at = len(out) + 1
-        offsets = []
-        hops: list[Instruction] = []
-        for outcome, successor in ((True, block.yes), (False, block.no)):
-            target = _target(starts, blocks, node, outcome, successor)
-            if outcome not in far[node]:
-                offsets.append(target - at)
-                continue
-            offsets.append(len(hops))
-            if isinstance(successor, bool):
-                hops.append(verdicts[successor])
-            else:
-                hops.append(stmt(cbpf.JMP | cbpf.JA, target - at - len(hops) - 1))
-        out.append(block.jump._replace(jt=offsets[0], jf=offsets[1]))
-        out += hops
-    out += [verdicts[verdict] for verdict in tail]
-    return tuple(out)
-
-
-def _target(
-    starts: dict[Successor, int], blocks: dict[Node, _Block], source: Node, outcome: bool, successor: Successor
-) -> int:
-    if isinstance(successor, bool):
-        return starts[successor]
-    # `outcome` is the jump's; the edge goes by the test's.
-    block = blocks[source]
-    actual = outcome if block.yes is source.yes else not outcome
-    if block.jump is None:
-        actual = True
-    return starts[successor] + blocks[successor].entries[(source, actual)]
-
-
-def _falls_to(order: list[Node], index: int, blocks: dict[Node, _Block], tail: list[bool]) -> bool:
-    """Whether a probe's successor begins right behind it."""
-    source = order[index]
-    following: Successor = order[index + 1] if index + 1 < len(order) else tail[0]
-    if following is not source.yes:
-        return False
-    return isinstance(following, bool) or blocks[following].entries[(source, True)] == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from kbpf.filter.values import All, Any, Condition, Negation, Test
+from kbpf.filter.values import M32, All, Any, Condition, Negation, Test
 
 
 class Node:
@@ -79,8 +79,13 @@ class _Frame:
         self.left = len(self.parts)
 
 
+def jumps_if_not(test: Test) -> bool:
+    """Whether the test is made by its opposite: no bit of a mask set, by the jump for some bit set."""
+    return test.k == 0 and test.relation == "eq" and test.mask != M32
+
+
 def in_order(root: Successor) -> list[Node]:
-    """The nodes so that each stands before its successors; what follows a success stands nearer than the rest."""
+    """The nodes so that each stands before its successors; what follows a jump that is taken stands nearer than the rest."""
     order: list[Node] = []
     if isinstance(root, bool):
         return order
@@ -92,7 +97,7 @@ def in_order(root: Successor) -> list[Node]:
             order.append(node)
             continue
         stack.append((node, step + 1))
-        child = node.yes if step else node.no
+        child = node.yes if bool(step) is not jumps_if_not(node.test) else node.no
         if isinstance(child, Node) and child not in seen:
             seen.add(child)
             stack.append((child, 0))

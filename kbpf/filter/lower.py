@@ -134,7 +134,7 @@ class Lowering:
                 return self.ip_protocol(4, number)
             if versions == (6,):
                 return self.ip_protocol(6, number)
-            return self.versions(self.ip_protocol(4, number), self.ip_protocol(6, number))
+            return self.versions(self.ip_protocol(4, number), self.ip_protocol(6, number), six_first=False)
         if name in _OSI:
             return self._osi(_OSI[name])
         if name in _ISIS:

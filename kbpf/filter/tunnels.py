@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _GENEVE_PORT, _VXLAN_PORT = 6081, 4789
 #: Extension headers that ``protochain`` walks through.
-CHAIN_LENGTH = 8
+CHAIN_LENGTH = 6
 _AH, _NO_NEXT = 51, 59
 _OPTIONS = (0, 60, 43, 44)
 
@@ -179,7 +179,7 @@ def _chain(lowering: Lowering, kind: Value, at: At, number: int, options: tuple[
     # Each level's header starts where the one before says it ends: 8 bytes a unit, in AH 4.
     base = headers.payload._replace(k=headers.payload.k + headers.network)
     offset = pool.const(at.k - base.k) if at.base is None else at.base
-    for _ in range(CHAIN_LENGTH if options else CHAIN_LENGTH // 2):
+    for _ in range(CHAIN_LENGTH if options else CHAIN_LENGTH // 3):
         levels.append((kind, At(base.k, offset)))
         units = pool.load(offset, base.k + 1, 1)
         is_ah = pool.op("rsh", pool.op("sub", pool.op("xor", kind, pool.const(_AH)), pool.const(1)), pool.const(31))
