@@ -22,7 +22,7 @@ from typing import Any
 
 from kbpf.backend import SocketLike
 from kbpf.emulator.reconstruct import WANTED, Kind, packet_of
-from kbpf.emulator.slot import Slot
+from kbpf.emulator.slot import Slot, error
 from kbpf.uapi.constants import SO_DOMAIN, SO_PROTOCOL, SO_TYPE
 
 _AF_NETLINK, _AF_PACKET = 16, 17
@@ -86,19 +86,24 @@ class FilteredSocket:
         self.slot = Slot()
         #: What was wrapped. Its own methods read what arrives unfiltered.
         self.unfiltered = socket
-        # asyncio's transport sockets and the like have a descriptor and no recv.
-        self._socket = socket if isinstance(socket, sockets.socket) else _duplicate(socket)
-        self._owns_duplicate = self._socket is not socket
-        # Ancillary messages that were turned on here, which the caller did not ask for.
-        self._own: set[tuple[int, int]] = set()
+        # A second object over the same descriptor, which never closes it: its calls do not wait by themselves, and it
+        # has a recv, which asyncio's transport sockets and the like have not.
+        self._reader = sockets.socket(fileno=socket.fileno())
+        self._socket = socket if isinstance(socket, sockets.socket) else self._reader
+        # Ancillary messages that were turned on here, which the caller did not ask for, and how.
+        self._own: dict[tuple[int, int], int] = {}
         for level, option, message in WANTED.get(kind.family, ()):
             with contextlib.suppress(OSError):
-                if not self._socket.getsockopt(level, option):
-                    self._socket.setsockopt(level, option, 1)
-                    self._own.add((level, message))
+                if not self._reader.getsockopt(level, option):
+                    self._reader.setsockopt(level, option, 1)
+                    self._own[level, message] = option
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
+
+    def fileno(self) -> int:
+        """The descriptor; -1 when the socket was closed."""
+        return self.unfiltered.fileno()
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """The next datagram that passes; blocking, timeouts and flags as `socket.socket.recv`."""
@@ -147,17 +152,21 @@ class FilteredSocket:
 
     def _receive(self, ancbufsize: int, flags: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
         """A datagram that passes, cut as the program says. The timeout counts from here, over all that are dropped."""
-        timeout = 0.0 if flags & sockets.MSG_DONTWAIT else self._socket.gettimeout()
+        if self.fileno() != self._reader.fileno():
+            raise error(errno.EBADF)
+        timeout = self._socket.gettimeout()
+        if timeout is None and (flags & sockets.MSG_DONTWAIT or not os.get_blocking(self.fileno())):
+            timeout = 0.0
         deadline = None if timeout is None else time.monotonic() + timeout
         wanted = flags | sockets.MSG_DONTWAIT
         while True:
             try:
-                size = self._socket.recv_into(bytearray(1), 1, wanted | sockets.MSG_PEEK | sockets.MSG_TRUNC)
+                size = self._reader.recv_into(bytearray(1), 1, wanted | sockets.MSG_PEEK | sockets.MSG_TRUNC)
                 room = max(size, _LEAST_ROOM)
-                own = _OWN_ANCILLARY if self._own else 0
-                data, ancillary, msg_flags, address = self._socket.recvmsg(room, ancbufsize + own, wanted)
+                own = _OWN_ANCILLARY if self.kind.family in WANTED else 0
+                data, ancillary, msg_flags, address = self._reader.recvmsg(room, ancbufsize + own, wanted)
             except BlockingIOError:
-                if timeout == 0.0 or (not os.get_blocking(self._socket.fileno()) and timeout is None):
+                if timeout == 0.0:
                     raise
                 self._wait(deadline)
                 continue
@@ -170,13 +179,13 @@ class FilteredSocket:
             _close_descriptors(ancillary)
             if flags & sockets.MSG_PEEK:
                 with contextlib.suppress(BlockingIOError):
-                    self._socket.recv(1, sockets.MSG_DONTWAIT)
+                    self._reader.recv(1, sockets.MSG_DONTWAIT)
 
     def _kept(self, data: bytes, ancillary: list[tuple[int, int, bytes]], address: Any) -> int | None:
         """How many bytes of the datagram the program leaves; None where it drops it."""
         if self.slot.program is None:
             return len(data)
-        local = None if self.kind.family in (sockets.AF_UNIX, _AF_NETLINK) else self._socket.getsockname()
+        local = None if self.kind.family in (sockets.AF_UNIX, _AF_NETLINK) else self._reader.getsockname()
         kept = self.slot.run(packet_of(self.kind, data, ancillary, address, local))
         if not kept:
             return None
@@ -185,7 +194,7 @@ class FilteredSocket:
 
     def _wait(self, deadline: float | None) -> None:
         poll = select.poll()
-        poll.register(self._socket.fileno(), select.POLLIN)
+        poll.register(self._reader.fileno(), select.POLLIN)
         left = None if deadline is None else deadline - time.monotonic()
         if (left is not None and left <= 0) or not poll.poll(None if left is None else left * 1000):
             raise TimeoutError("timed out")
@@ -195,29 +204,33 @@ class FilteredSocket:
         count = 0
         while True:
             try:
-                _, ancillary, _, _ = self._socket.recvmsg(1, 0, sockets.MSG_DONTWAIT)
+                _, ancillary, _, _ = self._reader.recvmsg(1, 0, sockets.MSG_DONTWAIT)
             except BlockingIOError:
                 return count
             _close_descriptors(ancillary)
             count += 1
 
     def close(self) -> None:
-        """Close the socket, the wrapped one included."""
-        if self._owns_duplicate:
-            self._socket.close()
+        """Close the wrapped socket."""
         close = getattr(self.unfiltered, "close", None)
         if close is not None:
             close()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_owns_duplicate"):
-            self._socket.close()
+        reader = self.__dict__.get("_reader")
+        if reader is None:
+            return
+        if self.fileno() == reader.fileno():
+            for (level, _), option in self.__dict__.get("_own", {}).items():
+                with contextlib.suppress(OSError):
+                    reader.setsockopt(level, option, 0)
+        reader.detach()
 
     def __enter__(self) -> FilteredSocket:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 

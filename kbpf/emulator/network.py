@@ -292,6 +292,8 @@ class Network:
 
     def settle(self) -> None:
         """Bring all frames of the captures that sockets with an eBPF program wait for. Map reads call this first."""
+        if not any(device.feed for device in self._interfaces.values()):
+            return
         for socket in list(self._sockets):
             if socket.slot.program is not None and socket.slot.classic is None:
                 while self.advance(socket.interface):

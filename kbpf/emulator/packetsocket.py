@@ -199,7 +199,8 @@ class EmulatedPacketSocket:
     def _take(self, flags: int) -> _Queued:
         with self._arrived:
             self._open()
-            self._wait(0.0 if flags & MSG_DONTWAIT else self._timeout)
+            # As in Python, whose sockets with a timeout wait whatever the flag says.
+            self._wait(0.0 if flags & MSG_DONTWAIT and self._timeout is None else self._timeout)
             if flags & MSG_PEEK:
                 return self._queue[0]
             got = self._queue.popleft()

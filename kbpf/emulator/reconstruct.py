@@ -19,17 +19,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kbpf.emulator import ethernet
 from kbpf.emulator.packet import Packet
+from kbpf.uapi.constants import PACKET_AUXDATA, SOL_PACKET
 
 #: As recvmsg gives them: (level, type, data).
 Ancillary: TypeAlias = "Sequence[tuple[int, int, bytes]]"
 
-# Linux's numbers that Python does not have, or not before 3.12 (linux/in.h, linux/in6.h, linux/if_packet.h).
-SOL_IP, SOL_IPV6, SOL_PACKET = 0, 41, 263
+# Linux's numbers that Python does not have, or not before 3.12 (linux/in.h, linux/in6.h).
+SOL_IP, SOL_IPV6 = 0, 41
 IP_TOS, IP_TTL, IP_PKTINFO, IP_RECVTTL, IP_RECVTOS = 1, 2, 8, 12, 13
-IPV6_RECVPKTINFO, IPV6_PKTINFO, IPV6_RECVHOPLIMIT, IPV6_HOPLIMIT, IPV6_RECVTCLASS, IPV6_TCLASS = (
-    49, 50, 51, 52, 66, 67,
-)  # fmt: skip
-PACKET_AUXDATA = 8
+IPV6_FLOWINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO, IPV6_RECVHOPLIMIT, IPV6_HOPLIMIT = 11, 49, 50, 51, 52
 _AUXDATA = struct.Struct("=IIIHHHH")
 _TP_STATUS_VLAN_VALID = 0x10
 _NLM_F_MULTI = 2
@@ -59,7 +57,7 @@ WANTED: dict[int, tuple[tuple[int, int, int], ...]] = {
     sockets.AF_INET6: (
         (SOL_IPV6, IPV6_RECVPKTINFO, IPV6_PKTINFO),
         (SOL_IPV6, IPV6_RECVHOPLIMIT, IPV6_HOPLIMIT),
-        (SOL_IPV6, IPV6_RECVTCLASS, IPV6_TCLASS),
+        (SOL_IPV6, IPV6_FLOWINFO, IPV6_FLOWINFO),
         # For the IPv4 packets that such a socket gets too.
         (SOL_IP, IP_RECVTTL, IP_TTL),
         (SOL_IP, IP_RECVTOS, IP_TOS),
@@ -100,6 +98,9 @@ def _link_packet(kind: Kind, data: bytes, told: dict[tuple[int, int], bytes], ad
         if hatype in (ethernet.ARPHRD_ETHER, ethernet.ARPHRD_LOOPBACK):
             header = bytes(6) + bytes(source[:6]).ljust(6, b"\0") + protocol.to_bytes(2, "big")
         network = 0
+        if pkt_type == ethernet.PACKET_OUTGOING and status & _TP_STATUS_VLAN_VALID:
+            # Linux tells of a tag that is in the bytes as if it were in the metadata; the filter saw neither.
+            status, protocol = 0, tpid
     index = _index(name)
     return Packet(
         buffer=header + data,
@@ -138,9 +139,9 @@ def _ip_packet(kind: Kind, data: bytes, told: dict[tuple[int, int], bytes], addr
     else:
         protocol = ethernet.ETH_P_IPV6
         hops = _number(told.get((SOL_IPV6, IPV6_HOPLIMIT)), 64)
-        traffic = _number(told.get((SOL_IPV6, IPV6_TCLASS)), 0)
+        flow = int.from_bytes(told.get((SOL_IPV6, IPV6_FLOWINFO), b""), "big")
         size = len(data) + (8 if ports else 0)
-        ip = struct.pack("!IHBB", 6 << 28 | traffic << 20, size, kind.protocol, hops) + source.packed + target.packed
+        ip = struct.pack("!IHBB", 6 << 28 | flow, size, kind.protocol, hops) + source.packed + target.packed
         at_network = False
     udp = struct.pack("!HHHH", *ports, len(data) + 8, 0) if ports else b""
     link = bytes(12) + protocol.to_bytes(2, "big")
