@@ -11,28 +11,20 @@ import errno
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
 from kbpf.emulator import maps, sockets, test_run
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
+from kbpf.emulator.maps.file import MapFile
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
 from kbpf.specs import Layout, MapSpec, ProgramSpec
-from kbpf.uapi import constants as uapi
 
 FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
-
-
-class Handle(NamedTuple):
-    """What a descriptor stands for, and what may be done through it."""
-
-    object: Map | Program
-    readable: bool = True
-    writable: bool = True
 
 
 class EmulatorBackend:
@@ -43,7 +35,7 @@ class EmulatorBackend:
     verifies = False
 
     def __init__(self) -> None:
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, MapFile | Program] = {}
         self._numbers = itertools.count(FIRST_DESCRIPTOR)
         self._pins: dict[str, Map | Program] = {}
 
@@ -61,54 +53,41 @@ class EmulatorBackend:
 
     def program(self, fd: int) -> Program:
         """The program behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd).object
+        found = self._handle(fd)
         if not isinstance(found, Program):
             raise refused(errno.EINVAL)
         return found
 
-    def map(self, fd: int) -> Map:
+    def map_file(self, fd: int) -> MapFile:
         """The map behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd).object
-        if not isinstance(found, Map):
+        found = self._handle(fd)
+        if not isinstance(found, MapFile):
             raise refused(errno.EINVAL)
         return found
 
-    def _handle(self, fd: int) -> Handle:
+    def map(self, fd: int) -> Map:
+        return self.map_file(fd).map
+
+    def _handle(self, fd: int) -> MapFile | Program:
         handle = self._handles.get(fd)
         if handle is None:
             raise refused(errno.EBADF)
         return handle
 
-    def _open(self, handle: Handle) -> int:
+    def _open(self, handle: MapFile | Program) -> int:
         fd = next(self._numbers)
         self._handles[fd] = handle
         return fd
 
-    def _readable_map(self, fd: int) -> Map:
-        found = self.map(fd)
-        if not self._handles[fd].readable:
-            raise refused(errno.EPERM)
-        return found
-
-    def _writable_map(self, fd: int) -> Map:
-        found = self.map(fd)
-        if not self._handles[fd].writable:
-            raise refused(errno.EPERM)
-        return found
-
-    @staticmethod
-    def _access(flags: int) -> tuple[bool, bool]:
-        """What BPF_F_RDONLY and BPF_F_WRONLY leave."""
-        if flags & uapi.BPF_F_RDONLY and flags & uapi.BPF_F_WRONLY:
-            raise refused(errno.EINVAL)
-        return not flags & uapi.BPF_F_WRONLY, not flags & uapi.BPF_F_RDONLY
+    def _reopen(self, found: Map | Program, flags: int = 0) -> int:
+        return self._open(MapFile(found, flags) if isinstance(found, Map) else found)
 
     # Maps.
 
     def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
         template = None if inner is None else self.map(inner)
         created = maps.create(spec, template)
-        return self._open(Handle(created, *self._access(spec.flags)))
+        return self._open(MapFile(created, spec.flags))
 
     def map_info(self, fd: int) -> MapInfo:
         found = self.map(fd)
@@ -129,10 +108,10 @@ class EmulatorBackend:
         return self.map(fd).spec.btf
 
     def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
-        return self._readable_map(fd).command_lookup(key, flags)
+        return self.map_file(fd).lookup(key, flags)
 
     def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
-        read = self._readable_map(fd).command_lookup
+        read = self.map_file(fd).lookup
 
         def reader(key: bytes) -> bytes | None:
             try:
@@ -145,39 +124,35 @@ class EmulatorBackend:
         return reader
 
     def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None:
-        self._writable_map(fd).command_update(key, value, flags)
+        self.map_file(fd).update(key, value, flags)
 
     def map_delete(self, fd: int, key: bytes) -> None:
-        self._writable_map(fd).command_delete(key)
+        self.map_file(fd).delete(key)
 
     def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
-        return self._readable_map(fd).command_next_key(key)
+        return self.map_file(fd).next_key(key)
 
     def map_lookup_and_delete(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
-        self._readable_map(fd)
-        return self._writable_map(fd).command_take(key, flags)
+        return self.map_file(fd).take(key, flags)
 
     def map_lookup_batch(
         self, fd: int, token: bytes | None, count: int, key_size: int, value_size: int, delete: bool = False
     ) -> Batch:
-        found = self._readable_map(fd)
-        if delete:
-            self._writable_map(fd)
-        return found.command_lookup_batch(token, count, delete)
+        return self.map_file(fd).lookup_batch(token, count, delete)
 
     def map_update_batch(self, fd: int, keys: bytes, values: bytes, count: int, flags: int = 0) -> int:
-        return self._writable_map(fd).command_update_batch(keys, values, count, flags)
+        return self.map_file(fd).update_batch(keys, values, count, flags)
 
     def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int:
-        return self._writable_map(fd).command_delete_batch(keys, count, flags)
+        return self.map_file(fd).delete_batch(keys, count, flags)
 
     def map_freeze(self, fd: int) -> None:
-        self._writable_map(fd).command_freeze()
+        self.map_file(fd).freeze()
 
     # Programs.
 
     def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
-        return self._open(Handle(Program(spec, [self.map(fd) for fd in maps], self.map)))
+        return self._open(Program(spec, [self.map(fd) for fd in maps], self.map))
 
     def program_info(self, fd: int) -> ProgramInfo:
         found = self.program(fd)
@@ -196,12 +171,12 @@ class EmulatorBackend:
     # Pins and ids.
 
     def pin(self, fd: int, path: str) -> None:
-        found = self._handle(fd).object
+        found = self._handle(fd)
         if not path.startswith(PIN_ROOT) or path == PIN_ROOT:
             raise refused(errno.EPERM)
         if path in self._pins:
             raise refused(errno.EEXIST)
-        self._pins[path] = found
+        self._pins[path] = found.map if isinstance(found, MapFile) else found
 
     def unpin(self, path: str) -> None:
         """What unlink(2) does on the BPF file system."""
@@ -209,17 +184,16 @@ class EmulatorBackend:
             raise refused(errno.ENOENT)
 
     def open_pinned(self, path: str, flags: int = 0) -> int:
-        access = self._access(flags)
         found = self._pins.get(path)
         if found is None:
             raise refused(errno.ENOENT)
-        return self._open(Handle(found, *access))
+        return self._reopen(found, flags)
 
     def open_by_id(self, kind: Literal["map", "program"], id: int) -> int:
         found = (MAPS if kind == "map" else PROGRAMS).get(id)
         if found is None:
             raise refused(errno.ENOENT)
-        return self._open(Handle(found))
+        return self._reopen(found)
 
     def ids(self, kind: Literal["map", "program"]) -> list[int]:
         return sorted(MAPS if kind == "map" else PROGRAMS)

@@ -19,7 +19,7 @@ from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.interpreter import BUDGET, Code, Run, link
 from kbpf.emulator.maps.array import Array
-from kbpf.emulator.maps.base import Map, name_bytes
+from kbpf.emulator.maps.base import Map, object_name
 from kbpf.emulator.packet import Packet
 from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec
@@ -49,10 +49,7 @@ class Program:
             if spec.type in PROG_TYPES and spec.type != "unspec":
                 raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
             raise LoadRefused(errno.EINVAL, "")
-        try:
-            self.name = name_bytes(spec.name).decode(errors="replace")
-        except OSError as error:
-            raise LoadRefused(error.errno or 0, "") from None
+        self.name = object_name(spec.name)
         checks.check(spec.instructions)
         #: In order of first use; the program keeps them.
         self.maps: list[Map] = []

@@ -1,7 +1,8 @@
-"""What all maps share: the checks of bpf(2)'s map commands, in the kernel's order (kernel/bpf/syscall.c).
+"""What all maps share.
 
-A kind of map derives from `Map` and says what its elements do. Values live in memory regions, so a program holds
-pointers to them; a pointer stays valid when its element is deleted, until the map goes.
+A kind of map derives from `Map` and says what its elements do; `kbpf.emulator.maps.file` has the checks that all
+commands make before. Values live in memory regions, so a program holds pointers to them; a pointer stays valid when
+its element is deleted, until the map goes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
-import struct
 import weakref
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
-from kbpf.backend import Batch
 from kbpf.emulator.environment import environment
 from kbpf.emulator.memory import M32, Region
 from kbpf.errors import ENOTSUPP, EmulationFault
@@ -24,7 +23,6 @@ from kbpf.uapi import constants as uapi
 _ACCESS = uapi.BPF_F_RDONLY | uapi.BPF_F_WRONLY | uapi.BPF_F_RDONLY_PROG | uapi.BPF_F_WRONLY_PROG
 #: Above this, memory is taken from mmap(2), which gives pages when they are touched.
 _LAZY_SIZE = 1 << 20
-_COUNT = struct.Struct("=Q")
 
 
 def refused(number: int) -> OSError:
@@ -32,13 +30,9 @@ def refused(number: int) -> OSError:
     return OSError(number, "")
 
 
-def name_bytes(name: str) -> bytes:
-    """The name as the kernel keeps it; EINVAL for what `bpf_obj_name_cpy` refuses."""
-    encoded = name.encode().split(b"\0")[0]
-    # The kernel's isalnum() knows Latin-1.
-    if len(encoded) > 15 or any(not (c in b"_." or (chr(c).isalnum() and (c < 128 or c >= 0xC0))) for c in encoded):
-        raise refused(errno.EINVAL)
-    return encoded
+def object_name(name: str) -> str:
+    """A map's or program's name cut down to what bpf(2) takes: letters, digits, ``_`` and ``.``, 15 of them at most."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15]
 
 
 def round8(size: int) -> int:
@@ -67,13 +61,13 @@ class Map:
         self.key_size = spec.key_size
         self.value_size = spec.value_size
         self.max_entries = spec.max_entries
-        self.flags = spec.flags
+        self.flags = spec.flags | (0 if spec.numa_node is None else uapi.BPF_F_NUMA_NODE)
         self.map_extra = spec.map_extra
         self.cpus = environment.cpus
         self.check_creation()
         self.frozen = False
         self.allocate()
-        self.name = name_bytes(spec.name).decode(errors="replace")
+        self.name = object_name(spec.name)
         self.id = next(_ids)
         # Programs hold a map by the address of this region, which has no bytes.
         self.handle = Region(readable=False, writable=False, owner=weakref.ref(self))
@@ -124,6 +118,10 @@ class Map:
     def pop(self) -> bytes:
         raise refused(errno.EINVAL)
 
+    def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
+        """Up to `count` keys and values from `token` on, and where to go on; None at the end."""
+        raise refused(ENOTSUPP)
+
     # What kinds of map need for that.
 
     def check_flags(self, allowed: int) -> None:
@@ -160,111 +158,6 @@ class Map:
     def user_value_size(self) -> int:
         """Bytes of a value as user space passes it."""
         return round8(self.value_size) * self.cpus if self.per_cpu else self.value_size
-
-    # The commands of bpf(2).
-
-    def _check_key(self, key: bytes | None) -> bytes:
-        if self.key_size:
-            if key is None:
-                raise refused(errno.EFAULT)
-            return key
-        if key is not None:
-            raise refused(errno.EINVAL)
-        return b""
-
-    def command_lookup(self, key: bytes | None, flags: int = 0) -> bytes:
-        # No map here has a bpf_spin_lock yet, so BPF_F_LOCK is refused as the kernel does without one.
-        if flags:
-            raise refused(errno.EINVAL)
-        given = self._check_key(key)
-        return self.peek() if self.keyless else self.read(given)
-
-    def command_update(self, key: bytes | None, value: bytes, flags: int = 0) -> None:
-        self._check_writable()
-        if flags & uapi.BPF_F_LOCK:
-            raise refused(errno.EINVAL)
-        given = self._check_key(key)
-        if self.keyless:
-            self.push(value, flags)
-        else:
-            self.write(given, value, flags)
-
-    def command_delete(self, key: bytes | None) -> None:
-        self._check_writable()
-        given = self._check_key(key)
-        if self.keyless:
-            raise refused(errno.EINVAL)
-        self.remove(given)
-
-    def command_next_key(self, key: bytes | None) -> bytes:
-        if key is not None:
-            self._check_key(key)
-        return self.following(key)
-
-    def command_take(self, key: bytes | None, flags: int = 0) -> bytes:
-        if flags & ~uapi.BPF_F_LOCK:
-            raise refused(errno.EINVAL)
-        self._check_writable()
-        if (self.keyless and flags) or flags & uapi.BPF_F_LOCK:
-            raise refused(errno.EINVAL)
-        given = self._check_key(key)
-        return self.pop() if self.keyless else self.take(given)
-
-    def command_freeze(self) -> None:
-        if self.frozen:
-            raise refused(errno.EBUSY)
-        self.frozen = True
-
-    def command_lookup_batch(self, token: bytes | None, count: int, delete: bool) -> Batch:
-        if delete:
-            self._check_writable()
-        self._check_batch("take" if delete else "lookup")
-        keys, values, token = self.chunk(token, count)
-        if delete:
-            for key in keys:
-                self.remove(key)
-        return Batch(b"".join(keys), b"".join(values), len(keys), token)
-
-    def command_update_batch(self, keys: bytes, values: bytes, count: int, flags: int) -> int:
-        self._check_writable()
-        self._check_batch("update")
-        if flags:
-            raise refused(errno.EINVAL)
-        size, value_size = self.key_size, self.user_value_size
-        for done in range(count):
-            try:
-                self.write(
-                    keys[done * size : (done + 1) * size], values[done * value_size : (done + 1) * value_size], 0
-                )
-            except OSError as error:
-                error.done = done  # type: ignore[attr-defined]
-                raise
-        return count
-
-    def command_delete_batch(self, keys: bytes, count: int, flags: int) -> int:
-        self._check_writable()
-        self._check_batch("delete")
-        if flags:
-            raise refused(errno.EINVAL)
-        for done in range(count):
-            try:
-                self.remove(keys[done * self.key_size : (done + 1) * self.key_size])
-            except OSError as error:
-                error.done = done  # type: ignore[attr-defined]
-                raise
-        return count
-
-    def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
-        """Up to `count` keys and values from `token` on, and where to go on; None at the end."""
-        raise refused(ENOTSUPP)
-
-    def _check_writable(self) -> None:
-        if self.frozen:
-            raise refused(errno.EPERM)
-
-    def _check_batch(self, operation: str) -> None:
-        if operation not in self.batches:
-            raise refused(ENOTSUPP)
 
 
 _ids = itertools.count(1)

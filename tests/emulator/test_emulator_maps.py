@@ -1,0 +1,197 @@
+"""The emulator's maps against the kernel's: creation, and every command in random order."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from sides import Side
+
+from kbpf.backend import Batch
+from kbpf.emulator.maps import KINDS
+from kbpf.specs import MapSpec
+from kbpf.uapi import constants as uapi
+
+pytestmark = pytest.mark.requires("kernel")
+
+FLAGS = [1 << bit for bit in range(15)]
+
+
+def attempt(action: Callable[[], Any]) -> Any:
+    """What an action gives, or the name of its errno and how far it came."""
+    try:
+        return action()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, error.errno), getattr(error, "done", None)
+
+
+@contextmanager
+def pair(kernel: Side, emulator: Side, spec: MapSpec) -> Iterator[tuple[int, int]]:
+    """The same map on both sides."""
+    fds = kernel.backend.map_create(spec), emulator.backend.map_create(spec)
+    try:
+        yield fds
+    finally:
+        kernel.backend.close(fds[0])
+        emulator.backend.close(fds[1])
+
+
+def creation(side: Side, spec: MapSpec) -> object:
+    def create() -> str:
+        side.backend.close(side.backend.map_create(spec))
+        return "created"
+
+    return attempt(create)
+
+
+SIZES = (0, 1, 4, 5, 8, 16, 260, 261, 32768, 32769)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_sizes_and_flags_are_checked_as_the_kernel_does(kernel: Side, emulator: Side, kind: str) -> None:
+    good = MapSpec(type=kind, **GOOD[kind])
+    specs = [replace(good, **change) for change in CHANGES]
+    specs += [replace(good, flags=good.flags ^ flag) for flag in FLAGS]
+    specs += [replace(good, flags=good.flags | first | second) for first in FLAGS for second in FLAGS]
+    for spec in specs:
+        assert creation(emulator, spec) == creation(kernel, spec), spec
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({"key_size": size} for size in SIZES),
+    *({"value_size": size} for size in (*SIZES, (1 << 22) - 100, 1 << 22, 1 << 23, 1 << 31)),
+    *({"max_entries": count} for count in (0, 1, 2, 4096, 8192, 12288)),
+    {"map_extra": 1},
+    {"map_extra": 16},
+]
+HASHED = {"key_size": 4, "value_size": 8, "max_entries": 5}
+GOOD: dict[str, dict[str, Any]] = {
+    "array": HASHED,
+    "percpu_array": HASHED,
+    "hash": HASHED,
+    "percpu_hash": HASHED,
+}
+
+
+@pytest.mark.parametrize("name", ("a", "exactly_15_long", "more_than_fifteen", "a-b c", "a\0b", "é"))
+def test_names_are_cut_down_alike(kernel: Side, emulator: Side, name: str) -> None:
+    spec = MapSpec(type="array", name=name, **HASHED)
+    with pair(kernel, emulator, spec) as fds:
+        assert emulator.backend.map_info(fds[1]).name == kernel.backend.map_info(fds[0]).name
+
+
+def test_types_are_linux_types(emulator: Side) -> None:
+    assert creation(emulator, MapSpec(type="no_such_map", **HASHED)) == ("EINVAL", None)
+
+
+class Walk:
+    """A random walk of one map through all commands, on both sides."""
+
+    def __init__(self, kernel: Side, emulator: Side, spec: MapSpec, fds: tuple[int, int], rng: Random) -> None:
+        self.sides = kernel.backend, emulator.backend
+        self.fds = fds
+        self.spec = spec
+        self.rng = rng
+        cpus = kernel.backend.possible_cpus()
+        self.value_size = -(-spec.value_size // 8) * 8 * cpus if spec.type.startswith("percpu") else spec.value_size
+
+    def both(self, command: str, *arguments: Any) -> Any:
+        """The outcome of a command, the same on both sides."""
+        outcomes = [
+            attempt(lambda b=b, fd=fd: getattr(b, command)(fd, *arguments))
+            for b, fd in zip(self.sides, self.fds, strict=True)
+        ]
+        assert outcomes[1] == outcomes[0], (command, arguments)
+        return outcomes[0]
+
+    def key(self) -> bytes:
+        return self.rng.randrange(8).to_bytes(self.spec.key_size, "little")
+
+    def value(self) -> bytes:
+        return self.rng.randbytes(self.value_size)
+
+    def flags(self) -> int:
+        return self.rng.choice((0, 0, 0, 0, 1, 2, 3, 4, 8))
+
+    def step(self) -> None:
+        kind = self.rng.randrange(10)
+        if kind < 3:
+            self.both("map_update", self.key(), self.value(), self.flags())
+        elif kind == 3:
+            self.both("map_lookup", self.key(), self.value_size, self.rng.choice((0, 0, 0, 1, 4)))
+        elif kind == 4:
+            self.both("map_delete", self.key())
+        elif kind == 5:
+            self.both("map_lookup_and_delete", self.key(), self.value_size, self.rng.choice((0, 0, 0, 1, 4)))
+        elif kind == 6:
+            count = self.rng.randrange(4)
+            keys = b"".join(self.key() for _ in range(count))
+            values = b"".join(self.value() for _ in range(count))
+            self.both("map_update_batch", keys, values, count, self.rng.choice((0, 0, 0, 1)))
+        elif kind == 7:
+            count = self.rng.randrange(3)
+            self.both("map_delete_batch", b"".join(self.key() for _ in range(count)), count, self.rng.choice((0, 0, 1)))
+        elif kind == 8:
+            self.everything(self.rng.random() < 0.2)
+        else:
+            self.missing_pointers()
+
+    def everything(self, delete: bool) -> None:
+        """All elements by batch and by iteration; a hash has no order."""
+        contents = []
+        for backend, fd in zip(self.sides, self.fds, strict=True):
+            size = self.spec.key_size
+            whole = attempt(lambda b=backend, fd=fd: b.map_lookup_batch(fd, None, 64, size, self.value_size, delete))
+            if isinstance(whole, Batch):
+                assert whole.token is None
+                whole = sorted(
+                    (
+                        whole.keys[i * size : (i + 1) * size],
+                        whole.values[i * self.value_size : (i + 1) * self.value_size],
+                    )
+                    for i in range(whole.length)
+                )
+            contents.append((whole, sorted(self.keys(backend, fd))))
+        assert contents[1] == contents[0]
+
+    def keys(self, backend: Any, fd: int) -> Iterator[bytes]:
+        key = attempt(lambda: backend.map_next_key(fd, None, self.spec.key_size))
+        while isinstance(key, bytes):
+            yield key
+            key = attempt(lambda: backend.map_next_key(fd, key, self.spec.key_size))
+
+    def missing_pointers(self) -> None:
+        self.both("map_lookup", None, self.value_size)
+        self.both("map_update", None, self.value())
+        self.both("map_lookup_and_delete", None, self.value_size)
+
+
+WALKS = [
+    MapSpec(type="array", key_size=4, value_size=8, max_entries=5),
+    MapSpec(type="array", key_size=4, value_size=3, max_entries=1),
+    MapSpec(type="percpu_array", key_size=4, value_size=12, max_entries=5),
+    MapSpec(type="hash", key_size=4, value_size=8, max_entries=5),
+    MapSpec(type="hash", key_size=1, value_size=1, max_entries=5, flags=uapi.BPF_F_NO_PREALLOC),
+    MapSpec(type="percpu_hash", key_size=7, value_size=5, max_entries=5),
+    *(MapSpec(type=t, key_size=4, value_size=8, max_entries=5, flags=uapi.BPF_F_RDONLY) for t in ("array", "hash")),
+    *(MapSpec(type=t, key_size=4, value_size=8, max_entries=5, flags=uapi.BPF_F_WRONLY) for t in ("array", "hash")),
+]
+
+
+@pytest.mark.parametrize("spec", WALKS, ids=lambda spec: f"{spec.type}-{spec.key_size}-{spec.value_size}-{spec.flags}")
+def test_random_commands_have_the_kernels_results(kernel: Side, emulator: Side, spec: MapSpec) -> None:
+    rng = Random(spec.value_size)
+    for _ in range(3):
+        with pair(kernel, emulator, spec) as fds:
+            walk = Walk(kernel, emulator, spec, fds, rng)
+            for _ in range(300):
+                walk.step()
+            walk.both("map_freeze")
+            for _ in range(30):
+                walk.step()
+            walk.both("map_freeze")
