@@ -37,9 +37,9 @@ def _succeeds(*command: str) -> bool:
 
 
 def _kernel() -> bool:
-    from kbpf.kernel import probes
+    from kbpf.kernel.probes import may_use_bpf
 
-    return probes.may_use_bpf("socket_filter")
+    return may_use_bpf("socket_filter")
 
 
 def _clang() -> bool:
