@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
-from kbpf.emulator import maps, sockets, test_run
+from kbpf.emulator import maps, network, sockets, test_run
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile
@@ -108,12 +108,14 @@ class EmulatorBackend:
         return self.map(fd).spec.btf
 
     def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
+        network.settle()
         return self.map_file(fd).lookup(key, flags)
 
     def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
         read = self.map_file(fd).lookup
 
         def reader(key: bytes) -> bytes | None:
+            network.settle()
             try:
                 return read(key)
             except OSError as error:
@@ -130,14 +132,17 @@ class EmulatorBackend:
         self.map_file(fd).delete(key)
 
     def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
+        network.settle()
         return self.map_file(fd).next_key(key)
 
     def map_lookup_and_delete(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
+        network.settle()
         return self.map_file(fd).take(key, flags)
 
     def map_lookup_batch(
         self, fd: int, token: bytes | None, count: int, key_size: int, value_size: int, delete: bool = False
     ) -> Batch:
+        network.settle()
         return self.map_file(fd).lookup_batch(token, count, delete)
 
     def map_update_batch(self, fd: int, keys: bytes, values: bytes, count: int, flags: int = 0) -> int:
