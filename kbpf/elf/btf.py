@@ -24,6 +24,9 @@ MAGIC = 0xEB9F
 #: Kinds that only say something about the type they refer to.
 MODIFIERS = frozenset((TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG))
 
+# Sizes that kinds of numbers may have, in bytes.
+_SCALAR_SIZES = {INT: (1, 2, 4, 8, 16), FLOAT: (4, 8), ENUM: (1, 2, 4, 8), ENUM64: (1, 2, 4, 8)}
+
 # How deep types may nest, as in the kernel (MAX_RESOLVE_DEPTH).
 _MAX_DEPTH = 32
 
@@ -205,6 +208,8 @@ class Btf:
 
     def _make(self, record: Record, depth: int) -> types.Type:
         kind, name, size = record.kind, record.name, record.word
+        if size not in _SCALAR_SIZES.get(kind, (size,)):
+            raise ObjectError(f"{self.name}: type {record.id} ({name!r}) has {size} bytes")
         if kind == INT:
             encoding = record.data[0] >> 24
             return types.Int(
@@ -252,8 +257,12 @@ class Btf:
             encoding = self.strip(member.type).data[0]
             narrow = encoding & 0xFF
             bits = narrow if narrow != type.size * 8 else 0
-        # Codecs may then rely on it: no member lies outside its struct.
-        if member.bit_offset + (bits or type.size * 8) > record.word * 8:
+        # Codecs may then rely on it: members lie within their struct, and only whole numbers have bits.
+        if bits:
+            proper = isinstance(type, (types.Int, types.Enum)) and bits <= type.size * 8
+        else:
+            proper = member.bit_offset % 8 == 0
+        if not proper or member.bit_offset + (bits or type.size * 8) > record.word * 8:
             raise ObjectError(f"{self.name}: {record.name}.{member.name} lies outside its {record.word} bytes")
         return types.Member(name=member.name, type=type, bit_offset=member.bit_offset, bit_size=bits)
 

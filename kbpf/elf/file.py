@@ -124,6 +124,8 @@ def _read(elf: Any, data: bytes) -> ElfFile:
 def _section(index: int, header: Any, data: bytes) -> Section:
     kind, start, size = str(header["sh_type"]), header["sh_offset"], header["sh_size"]
     body = b""
+    if size > 0xFFFFFFFF:
+        raise ObjectError(f"section {header.name}: {size} bytes are more than a map or program can have")
     if kind not in ("SHT_NOBITS", "SHT_NULL"):
         body = data[start : start + size]
         if len(body) != size:

@@ -172,6 +172,8 @@ def _definition(info: Btf, record: Record, blob: bytes, name: str, where: str, i
     for part, (_, what) in described.items():
         if fields.setdefault(f"{part}_size", what.size) != what.size:
             raise ObjectError(f"{where}: {part}_size is {fields[f'{part}_size']}, its type has {what.size} bytes")
+        if what.size > 0xFFFFFFFF:
+            raise ObjectError(f"{where}: a {part} of {what.size} bytes")
     known = bool(blob) and type not in WITHOUT_BTF and len(described) == 2
     return MapSpec(
         type=type,
@@ -211,8 +213,6 @@ def _data_map(elf: ElfFile, section: Section, info: Btf | None, blob: bytes, obj
     if elf.relocations.get(section.index):
         symbol = elf.relocations[section.index][0].symbol
         raise ObjectError(f"section {section.name}: pointers in data ({elf.describe(symbol)}) are not supported")
-    if section.size > 0xFFFFFFFF:
-        raise ObjectError(f"section {section.name}: {section.size} bytes are too many for a map")
     read_only = section.name.startswith(".rodata")
     record = info.find(section.name, btf.DATASEC) if info is not None else None
     spec = MapSpec(
