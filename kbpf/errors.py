@@ -20,6 +20,8 @@ def errno_name(number: int) -> str:
     """The symbolic name of an errno: ``"EPERM"``, ``"ENOTSUPP"`` for 524, else the number."""
     if number == ENOTSUPP:
         return "ENOTSUPP"
+    if number == _errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"  # What Linux means, where Python prefers ENOTSUP, the same number.
     return _errno.errorcode.get(number, str(number))
 
 

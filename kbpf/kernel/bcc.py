@@ -74,14 +74,15 @@ def compile_bcc(text: str, program_types: Mapping[str, str], cflags: Sequence[st
     with the verifier's log, and `OSError`. Nothing stays open after an error.
     """
     bcc = import_bcc()
-    headers = find_headers()
-    if headers is None:
-        raise MissingDependencyError(f"bcc needs the kernel's headers: {install_command('headers')}")
     lib = bcc.libbcc.lib
-    flags = [flag.encode() for flag in (*headers.flags, *cflags)]
-    array = (ctypes.c_char_p * len(flags))(*flags)
-    with _lock, _environment(headers.source), _standard_error() as messages:
-        module = lib.bpf_module_create_c_from_string(text.encode(), 0, array, len(flags), True, None)
+    with _lock:
+        headers = find_headers()
+        if headers is None:
+            raise MissingDependencyError(f"bcc needs the kernel's headers: {install_command('headers')}")
+        flags = [flag.encode() for flag in (*headers.flags, *cflags)]
+        array = (ctypes.c_char_p * len(flags))(*flags)
+        with _environment(headers.source), _standard_error() as messages:
+            module = lib.bpf_module_create_c_from_string(text.encode(), 0, array, len(flags), True, None)
     if not module:
         raise ObjectError(f"bcc could not compile this:\n{messages()}".rstrip(":\n"))
     try:
@@ -152,10 +153,8 @@ def import_bcc() -> ModuleType:
             ) from error
     lib = bcc.libbcc.lib
     # bcc's own declarations leave these out.
-    for name, result in (("bpf_num_tables", ctypes.c_size_t), ("bpf_table_name", ctypes.c_char_p)):
-        function = getattr(lib, name)
-        function.restype = result
-        function.argtypes = [ctypes.c_void_p] if name == "bpf_num_tables" else [ctypes.c_void_p, ctypes.c_size_t]
+    lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ctypes.c_void_p], ctypes.c_size_t
+    lib.bpf_table_name.argtypes, lib.bpf_table_name.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_char_p
     return bcc
 
 

@@ -111,7 +111,9 @@ def element_reader(fd: int, key_size: int, value_size: int) -> Callable[[bytes],
 
     def slot() -> tuple[Any, Any, Any, Any]:
         key, value = key_array(), value_array()
-        attr = attr_array.from_buffer_copy(_ELEMENT.pack(fd, ctypes.addressof(key), ctypes.addressof(value), 0))
+        # Queues and stacks have no key, and refuse an address of one.
+        key_at = ctypes.addressof(key) if key_size else 0
+        attr = attr_array.from_buffer_copy(_ELEMENT.pack(fd, key_at, ctypes.addressof(value), 0))
         return key, value, ctypes.c_void_p(ctypes.addressof(attr)), attr
 
     free = [slot()]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from kbpf.backend import Backend, LoadRefused
-from kbpf.errors import ENOTSUPP, BpfError, KbpfError, NotSupportedError, PermissionDeniedError, VerifierError
+from kbpf.errors import (
+    ENOTSUPP,
+    BpfError,
+    KbpfError,
+    NotSupportedError,
+    PermissionDeniedError,
+    VerifierError,
+    errno_text,
+)
 
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, ENOTSUPP, errno.ENOSYS, errno.ENOPROTOOPT)
 
@@ -61,12 +70,13 @@ def translate(
     number = error.errno or 0
     log = error.log if isinstance(error, LoadRefused) else ""
     if number in (errno.EPERM, errno.EACCES) and not log:
-        reasons = backend.explain_denied(
-            operation, number, program_type=program_type, map_type=map_type, socket=socket
-        )
+        reasons = backend.explain_denied(operation, number, program_type=program_type, map_type=map_type, socket=socket)
         return PermissionDeniedError(number, what, (*reasons, *hints))
     if isinstance(error, LoadRefused):
         return VerifierError(number, what, log, hints)
+    # A backend that knows more than the errno says it in words of its own.
+    if error.strerror and error.strerror not in (errno_text(number), os.strerror(number)):
+        hints = (error.strerror, *hints)
     if number in _NOT_SUPPORTED:
         return NotSupportedError(number, what, hints)
     return BpfError(number, what, hints)

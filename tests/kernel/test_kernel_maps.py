@@ -271,6 +271,13 @@ class TestReader:
             with pytest.raises(ValueError, match="a key of"):
                 read(key)
 
+    def test_peeks_at_a_queue_with_no_key(self, kernel: KernelBackend, keep: Keep) -> None:
+        fd = keep(kernel.map_create(MapSpec(type="queue", value_size=4, max_entries=2)))
+        read = kernel.map_reader(fd, 0, 4)
+        assert read(b"") is None
+        kernel.map_update(fd, None, u32(9))
+        assert read(b"") == u32(9)
+
     def test_raises_other_errors(self, kernel: KernelBackend, keep: Keep) -> None:
         fd = keep(kernel.map_create(MapSpec(type="perf_event_array", key_size=4, value_size=4, max_entries=1)))
         with refused(ENOTSUPP):
