@@ -14,7 +14,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from kbpf.emulator.classic import ClassicProgram
 from kbpf.emulator.network import Network
@@ -126,11 +127,20 @@ class _EmulatedCarrier:
         return seen.data[self._header : max(kept, self._header)] if kept else None
 
 
+#: A tap device records the queue that a frame came in by, counted from 1.
+_TAP_QUEUE = 1
+
+
+class _TapNetwork(Network):
+    def _packet(self, *arguments: Any) -> Packet:
+        return replace(super()._packet(*arguments), queue=_TAP_QUEUE)
+
+
 class _EmulatedTap:
     """A packet socket on an emulated network."""
 
     def __init__(self, kind: int) -> None:
-        self._network = Network()
+        self._network = _TapNetwork()
         tap = self._network.add_interface("tap0", address=TAP_MAC)
         assert tap.index == TAP_INDEX
         self._receiver = EmulatedPacketSocket("tap0", kind, network=self._network)
@@ -150,7 +160,14 @@ class _EmulatedTap:
 def _datagram(frame: bytes) -> Packet:
     """What a UDP socket's filter sees of a frame without options and tags: offset 0 is the UDP header."""
     return Packet(
-        buffer=frame, offset=34, mac=0, network=14, protocol=0x0800, ifindex=TAP_INDEX, ingress_ifindex=TAP_INDEX
+        buffer=frame,
+        offset=34,
+        mac=0,
+        network=14,
+        protocol=0x0800,
+        ifindex=TAP_INDEX,
+        ingress_ifindex=TAP_INDEX,
+        queue=_TAP_QUEUE,
     )
 
 

@@ -21,7 +21,28 @@ _ODD = 0x9E3779B1
 _SIZES = (cbpf.W, cbpf.H, cbpf.B)
 _OPERATIONS = (cbpf.ADD, cbpf.SUB, cbpf.MUL, cbpf.DIV, cbpf.MOD, cbpf.AND, cbpf.OR, cbpf.XOR, cbpf.LSH, cbpf.RSH)
 _CONDITIONS = (cbpf.JEQ, cbpf.JGT, cbpf.JGE, cbpf.JSET)
-_WORDS = (0, 1, 2, 3, 4, 7, 8, 14, 15, 16, 31, 32, 33, 0xFF, 0x100, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF)
+_WORDS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    14,
+    15,
+    16,
+    31,
+    32,
+    33,
+    0xFF,
+    0x100,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0x80000001,
+    0xFFFFFFFF,
+)
 
 #: Ancillary words whose value Linux leaves open: their loads are followed by what makes it known.
 OPEN_ANCILLARY = frozenset({36, 56})

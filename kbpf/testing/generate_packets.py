@@ -5,6 +5,7 @@ Everything comes from the generator that is passed in, so that a seed names a pa
 
 from __future__ import annotations
 
+import ipaddress
 import struct
 from random import Random
 
@@ -18,7 +19,9 @@ _PORTS = (22, 53, 80, 443, 7070)
 
 def payload(rng: Random, most: int = 120) -> bytes:
     """Plain bytes: often none or few, sometimes all alike, sometimes netlink attributes."""
-    size = rng.choice((0, 1, 2, 3, rng.randrange(16), rng.randrange(64), rng.randrange(most + 1), rng.randrange(most + 1)))
+    size = rng.choice(
+        (0, 1, 2, 3, rng.randrange(16), rng.randrange(64), rng.randrange(most + 1), rng.randrange(most + 1))
+    )
     kind = rng.random()
     if kind < 0.1:
         return bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF))]) * size
@@ -43,7 +46,9 @@ def frame(rng: Random, *, host_mac: bytes = HOST_MAC, vlan: bool = False) -> byt
     tags = b""
     if vlan and rng.random() < 0.4:
         for _ in range(rng.choice((1, 1, 2))):
-            tags += struct.pack(">HH", rng.choice((ETH_8021Q, ETH_8021Q, ETH_8021AD)), rng.choice((0, rng.getrandbits(16))))
+            tags += struct.pack(
+                ">HH", rng.choice((ETH_8021Q, ETH_8021Q, ETH_8021AD)), rng.choice((0, rng.getrandbits(16)))
+            )
     kind = rng.random()
     if kind < 0.45:
         ether_type, rest = ETH_IPV4, ipv4(rng)
@@ -98,12 +103,15 @@ def transport(rng: Random, protocol: int) -> bytes:
     return body if rng.random() < 0.9 else body[: rng.randrange(len(body) + 1)]
 
 
-def udp_frame(rng: Random, *, mac: bytes, ipv4_address: bytes, port: int, size: int | None = None) -> bytes:
-    """A frame with a whole, right UDP datagram over IPv4 to the address given, that a UDP socket gets."""
+def udp_frame(rng: Random, *, mac: bytes, address: str, port: int, size: int | None = None) -> bytes:
+    """A frame with a whole, right UDP datagram over IPv4, from a neighbour of `address` to it."""
     data = payload(rng) if size is None else rng.randbytes(size)
     datagram = struct.pack(">HHHH", rng.randrange(1, 0x10000), port, 8 + len(data), 0) + data
-    header = struct.pack(">BBHHHBBH", 0x45, rng.getrandbits(8) & 0xFC, 20 + len(datagram), rng.getrandbits(16), 0, 64, 17, 0)
-    header += ipv4_address[:3] + b"\x63" + ipv4_address
+    header = struct.pack(
+        ">BBHHHBBH", 0x45, rng.getrandbits(8) & 0xFC, 20 + len(datagram), rng.getrandbits(16), 0, 64, 17, 0
+    )
+    target = ipaddress.IPv4Address(address)
+    header += (target + 98).packed + target.packed
     total = sum(struct.unpack(">10H", header))
     total = (total & 0xFFFF) + (total >> 16)
     checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
