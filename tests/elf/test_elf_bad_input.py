@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,58 @@ class TestMaps:
         maps = made.section("maps", struct.pack("<5I", 4711, 4, 8, 1, 0))
         made.symbol("m", maps, 0, 20, OBJECT)
         refused(made.build(), "section maps", "'m'", "4711")
+
+
+@pytest.mark.requires("clang")
+class TestUnsupported:
+    """What the compiler makes and this reader does not do is refused by name."""
+
+    def compiled(self, tmp_path, text: str) -> bytes:
+        source, target = tmp_path / "x.bpf.c", tmp_path / "x.bpf.o"
+        source.write_text('#include "kbpf.bpf.h"\n' + text)
+        command = ["clang", "-target", "bpf", "-O2", "-g", "-I", ROOT / "c", "-c", source, "-o", target]
+        subprocess.run(command, check=True)
+        return target.read_bytes()
+
+    def test_core_relocations(self, tmp_path):
+        text = """
+            struct task { int pid; } __attribute__((preserve_access_index));
+            SEC("socket") int count(struct task *task) { return task->pid; }
+        """
+        refused(self.compiled(tmp_path, text), "section socket", "'count'", "CO-RE")
+
+    def test_kernel_symbols(self, tmp_path):
+        text = """
+            extern const int jiffies SEC(".ksyms");
+            SEC("socket") int count(void *context) { return (long)&jiffies; }
+        """
+        refused(self.compiled(tmp_path, text.replace(", used", "")), "section socket", "'jiffies'")
+
+    def test_initial_contents_of_maps(self, tmp_path):
+        text = """
+            struct inner { __uint(type, 2); __type(key, __u32); __type(value, __u64); __uint(max_entries, 4); };
+            struct inner one SEC(".maps");
+            struct { __uint(type, 12); __uint(max_entries, 2); struct inner *values[2]; } outer SEC(".maps") = {
+                .values = { &one },
+            };
+            SEC("socket") int count(void *context) { return 0; }
+        """
+        refused(self.compiled(tmp_path, text), "section .maps", "'one'")
+
+    def test_function_pointers_in_data(self, tmp_path):
+        text = """
+            __attribute__((noinline)) int one(void) { return 1; }
+            int (*volatile table[1])(void) = { one };
+            SEC("socket") int count(void *context) { return (long)table[0]; }
+        """
+        refused(self.compiled(tmp_path, text), "section .data", "'one'")
+
+    def test_unknown_member_of_a_map(self, tmp_path):
+        text = """
+            struct { __uint(type, 2); __uint(colour, 3); } m SEC(".maps");
+            SEC("socket") int count(void *context) { return 0; }
+        """
+        refused(self.compiled(tmp_path, text), "section .maps", "'m'", "'colour'")
 
 
 @pytest.mark.parametrize("original", [SOCKEX1, SOCKEX2], ids=["sockex1", "sockex2"])
