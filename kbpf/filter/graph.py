@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from kbpf.filter.values import M32, All, Any, Condition, Negation, Test
+from kbpf.filter.values import M32, All, Any, Choice, Condition, Negation, Test
 
 
 class Node:
@@ -53,8 +53,9 @@ class Builder:
                 if isinstance(current, Negation):
                     current, yes, no = current.part, no, yes
                     continue
-                stack.append(_Frame(current, yes, no))
-                current = current.parts[-1]
+                frame = _Frame(current, yes, no)
+                stack.append(frame)
+                current = frame.parts[-1]
             result = (yes if current else no) if isinstance(current, bool) else self.node(current, yes, no)
             while stack:
                 frame = stack[-1]
@@ -62,18 +63,28 @@ class Builder:
                 if frame.left:
                     break
                 stack.pop()
+                if frame.test is not None:
+                    result = self.node(frame.test, result, frame.otherwise)
             else:
                 return result
             current = frame.parts[frame.left - 1]
-            yes, no = (result, frame.no) if frame.conjunction else (frame.yes, result)
+            if frame.test is not None:
+                frame.otherwise = result
+                yes, no = frame.yes, frame.no
+            else:
+                yes, no = (result, frame.no) if frame.conjunction else (frame.yes, result)
 
 
 class _Frame:
-    __slots__ = ("conjunction", "left", "no", "parts", "yes")
+    """A condition whose parts are being built, the last first. A choice's parts are its two sides."""
 
-    def __init__(self, condition: All | Any, yes: Successor, no: Successor) -> None:
-        self.parts = condition.parts
+    __slots__ = ("conjunction", "left", "no", "otherwise", "parts", "test", "yes")
+
+    def __init__(self, condition: All | Any | Choice, yes: Successor, no: Successor) -> None:
+        self.test = condition.test if isinstance(condition, Choice) else None
+        self.parts = (condition.yes, condition.no) if isinstance(condition, Choice) else condition.parts
         self.conjunction = isinstance(condition, All)
+        self.otherwise: Successor = no
         self.yes = yes
         self.no = no
         self.left = len(self.parts)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kbpf.errors import FilterError
-from kbpf.filter import syntax, wireless
+from kbpf.filter import sets, syntax, wireless
 from kbpf.filter.links import ARP, DECNET, IP, IP6, RARP
 from kbpf.filter.syntax import Qualifiers
 from kbpf.filter.values import M32, Condition, every, negated, some
 
 if TYPE_CHECKING:
-    from kbpf.filter.lower import Lowering
+    from kbpf.filter.lower import Lowering, Member
 
 # EtherType, and where the source and the destination address are.
 _IPV4 = {"ip": (IP, 12, 16), "arp": (ARP, 14, 24), "rarp": (RARP, 14, 24)}
 
 
-def match(lowering: Lowering, term: syntax.Match) -> Condition:
-    """``host``, ``net``, or a direction alone, of whatever kind the operand is."""
+def match(lowering: Lowering, terms: Sequence[syntax.Match]) -> Condition:
+    """``host``, ``net``, or a direction alone, of whatever kind the operand is; several are all IPv4 or all IPv6."""
+    term = terms[0]
     operand, qualifiers = term.operand, term.qualifiers
     if isinstance(operand, syntax.Mac):
         if qualifiers.protocol != "link" or qualifiers.type == "net":
@@ -27,13 +30,13 @@ def match(lowering: Lowering, term: syntax.Match) -> Condition:
     if isinstance(operand, syntax.Arcnet):
         raise lowering.fail("ARCNET addresses are for ARCNET captures only", term.position)
     if isinstance(operand, syntax.Ipv6):
-        return _ipv6(lowering, term, operand)
+        return ipv6(lowering, [_ipv6_operand(lowering, each) for each in terms], qualifiers)
     if isinstance(operand, syntax.Name):
         return _named(lowering, term, operand.text)
     if qualifiers.protocol == "decnet":
         return _decnet(lowering, term)
-    address, mask = _ipv4_operand(lowering, term)
-    return ipv4(lowering, address, mask, qualifiers, term.position)
+    members = [_ipv4_operand(lowering, each) for each in terms]
+    return ipv4(lowering, members, qualifiers, term.position)
 
 
 def _direction(qualifiers: Qualifiers, source: Condition, destination: Condition) -> Condition:
@@ -81,8 +84,8 @@ def _dotted(lowering: Lowering, text: str, term: syntax.Match) -> tuple[int, int
     return int.from_bytes(octets.ljust(4, b"\0"), "big"), 8 * len(parts)
 
 
-def ipv4(lowering: Lowering, address: int, mask: int, qualifiers: Qualifiers, position: int) -> Condition:
-    """An IPv4 address or network in IPv4, ARP or RARP packets, or all of them."""
+def ipv4(lowering: Lowering, members: list[Member], qualifiers: Qualifiers, position: int) -> Condition:
+    """IPv4 addresses and networks, as (address, mask), in IPv4, ARP or RARP packets, or all of them."""
     if qualifiers.protocol:
         if qualifiers.protocol not in _IPV4:
             raise lowering.fail(f'"{qualifiers.protocol}" does not go with an IPv4 address', position)
@@ -90,25 +93,20 @@ def ipv4(lowering: Lowering, address: int, mask: int, qualifiers: Qualifiers, po
     else:
         # Behind an MPLS label there is only IP.
         kinds = ["ip"] if lowering.headers.labels else ["ip", "arp", "rarp"]
+    headers, pool = lowering.headers, lowering.pool
     parts = []
     for kind in kinds:
-        ethertype, source, destination = _IPV4[kind]
-        headers = lowering.headers
+        ethertype, *offsets = _IPV4[kind]
+        source, destination = (partial(sets.masked, pool, headers.network_word(offset, 4)) for offset in offsets)
         carried = headers.carries(ethertype)
-        if carried is False:
-            continue
-        here = headers.network_test(source, 4, address, mask) if mask else _probe(lowering, source)
-        there = headers.network_test(destination, 4, address, mask) if mask else _probe(lowering, destination)
-        parts.append(every(carried, _direction(qualifiers, here, there)))
+        if carried is not False:
+            parts.append(every(carried, lowering.directed(qualifiers.direction, members, source, destination)))
     return some(*parts)
 
 
-def _probe(lowering: Lowering, offset: int) -> Condition:
-    """Any address at all: true where it can be read."""
-    return lowering.pool.test("ge", lowering.headers.network_word(offset, 4), 0)
-
-
-def _ipv6(lowering: Lowering, term: syntax.Match, operand: syntax.Ipv6) -> Condition:
+def _ipv6_operand(lowering: Lowering, term: syntax.Match) -> Member:
+    operand = term.operand
+    assert isinstance(operand, syntax.Ipv6)
     if term.qualifiers.protocol not in ("", "ip6"):
         raise lowering.fail(f'"{term.qualifiers.protocol}" does not go with an IPv6 address', term.position)
     prefix = 128 if operand.prefix is None else operand.prefix
@@ -119,26 +117,33 @@ def _ipv6(lowering: Lowering, term: syntax.Match, operand: syntax.Ipv6) -> Condi
     mask = (1 << 128) - (1 << 128 - prefix)
     if operand.value & ~mask:
         raise lowering.fail(f"{operand.text} has bits set outside the network", term.position)
-    return ipv6(lowering, operand.value, mask, term.qualifiers)
+    return operand.value, mask
 
 
-def ipv6(lowering: Lowering, address: int, mask: int, qualifiers: Qualifiers) -> Condition:
-    """An IPv6 address or network."""
+def ipv6(lowering: Lowering, members: list[Member], qualifiers: Qualifiers) -> Condition:
+    """IPv6 addresses and networks."""
     headers = lowering.headers
     carried = headers.carries(IP6)
     if carried is False:
         return False
+    source, destination = (partial(_ipv6_at, lowering, offset) for offset in (8, 24))
+    return every(carried, lowering.directed(qualifiers.direction, members, source, destination))
 
-    def at(offset: int) -> Condition:
-        words = []
-        for index in range(4):
-            shift = 96 - 32 * index
-            word_mask = mask >> shift & M32
-            if word_mask:
-                words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, word_mask))
-        return every(*words) if words else _probe(lowering, offset)
 
-    return every(carried, _direction(qualifiers, at(8), at(24)))
+def _ipv6_at(lowering: Lowering, offset: int, members: Sequence[Member]) -> Condition:
+    return some(*(_ipv6_is(lowering, offset, address, mask) for address, mask in members))
+
+
+def _ipv6_is(lowering: Lowering, offset: int, address: int, mask: int) -> Condition:
+    headers = lowering.headers
+    words = []
+    for index in range(4):
+        shift = 96 - 32 * index
+        word_mask = mask >> shift & M32
+        if word_mask:
+            words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, word_mask))
+    # With no mask at all any address will do; that it can be read is still asked.
+    return every(*words) if words else lowering.pool.test("ge", headers.network_word(offset, 4), 0)
 
 
 def mac(lowering: Lowering, address: int, qualifiers: Qualifiers, what: str) -> Condition:
@@ -162,7 +167,7 @@ def _named(lowering: Lowering, term: syntax.Match, name: str) -> Condition:
         mask = M32
         while not network & 0xFF000000:
             network, mask = network << 8, mask << 8 & M32
-        return ipv4(lowering, network, mask, qualifiers, term.position)
+        return ipv4(lowering, [(network, mask)], qualifiers, term.position)
     if qualifiers.protocol == "link":
         address = lowering.names.ethernet(name)
         if address is None:
@@ -173,9 +178,9 @@ def _named(lowering: Lowering, term: syntax.Match, name: str) -> Condition:
     parts = []
     for version, number in lowering.names.host(name):
         if version == 4 and qualifiers.protocol != "ip6":
-            parts.append(ipv4(lowering, number, M32, qualifiers, term.position))
+            parts.append(ipv4(lowering, [(number, M32)], qualifiers, term.position))
         elif version == 6 and qualifiers.protocol in ("", "ip6"):
-            parts.append(ipv6(lowering, number, (1 << 128) - 1, qualifiers))
+            parts.append(ipv6(lowering, [(number, (1 << 128) - 1)], qualifiers))
     if not parts:
         raise lowering.fail(f'"{name}" is no host known here', term.position)
     return some(*parts)
@@ -192,7 +197,12 @@ def gateway(lowering: Lowering, term: syntax.Match) -> Condition:
     addresses = [number for version, number in lowering.names.host(name) if version == 4]
     if address is None or not addresses:
         raise lowering.fail(f'"{name}" is no host with an Ethernet and an IPv4 address known here', term.position)
-    own = some(*(ipv4(lowering, number, M32, term.qualifiers, term.position) for number in addresses))
+    own = ipv4(
+        lowering,
+        [(number, M32) for number in addresses],
+        Qualifiers(term.qualifiers.protocol, "or", "host"),
+        term.position,
+    )
     return every(mac(lowering, address, Qualifiers("link", "", ""), '"gateway"'), negated(own))
 
 

@@ -5,19 +5,22 @@ The tree is read from left to right, because some primitives move the headers fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from kbpf.errors import FilterError, FilterSyntaxError
-from kbpf.filter import arithmetic, hosts, syntax, tunnels, wireless
+from kbpf.filter import arithmetic, hosts, sets, syntax, tunnels, wireless
 from kbpf.filter.links import IP, IP6, SAP_ISO, Headers
 from kbpf.filter.names import ETHERTYPES, LLC_SAPS, Names
 from kbpf.filter.syntax import Qualifiers
-from kbpf.filter.values import Condition, Pool, Value, every, negated, some
+from kbpf.filter.values import Condition, Pool, every, negated, some
 from kbpf.isa.cbpf import AD_OFF
 from kbpf.specs import Layout
 
 Order = Literal["traffic", "libpcap"]
+
+#: A member of a set: an interval, or an address and its mask.
+Member = tuple[int, int]
 
 TCP, UDP, SCTP = 6, 17, 132
 _PORT_PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP}
@@ -75,6 +78,8 @@ class Lowering:
         stack: list[tuple[syntax.Every | syntax.Some | syntax.Not, list[Condition]]] = []
         current: syntax.Expression = tree
         while True:
+            if isinstance(current, (syntax.Every, syntax.Some)):
+                current = self._grouped(current)
             if isinstance(current, (syntax.Every, syntax.Some, syntax.Not)):
                 stack.append((current, []))
                 current = current.term if isinstance(current, syntax.Not) else current.terms[0]
@@ -97,7 +102,71 @@ class Lowering:
     def fail(self, message: str, position: int) -> FilterSyntaxError:
         return FilterSyntaxError(message, self.expression, position)
 
-    def primitive(self, term: syntax.Match | syntax.Protocol | syntax.Special | syntax.Relation) -> Condition:
+    def _grouped(self, node: syntax.Every | syntax.Some) -> syntax.Expression:
+        """Alternatives (or negated conjuncts) that stand side by side and ask the same of different operands, as one."""
+        opposite = isinstance(node, syntax.Every)
+        terms: list[syntax.Expression] = []
+        run: list[syntax.Match] = []
+        run_key: tuple[object, ...] | None = None
+
+        def close() -> None:
+            if run:
+                group: syntax.Expression = syntax.Group(tuple(run)) if len(run) > 1 else run[0]
+                terms.append(syntax.Not(group) if opposite else group)
+                run.clear()
+
+        for term in node.terms:
+            match = term.term if opposite and isinstance(term, syntax.Not) else term
+            key = (
+                self._group_key(match) if isinstance(match, syntax.Match) and (match is term) is not opposite else None
+            )
+            if key is None or key != run_key:
+                close()
+            run_key = key
+            if key is None:
+                terms.append(term)
+            else:
+                assert isinstance(match, syntax.Match)
+                run.append(match)
+        close()
+        if len(terms) == 1:
+            return terms[0]
+        return syntax.Every(tuple(terms)) if opposite else syntax.Some(tuple(terms))
+
+    def _group_key(self, term: syntax.Match) -> tuple[object, ...] | None:
+        qualifiers = term.qualifiers
+        if qualifiers.direction not in ("", "or", "src", "dst"):
+            return None
+        if qualifiers.type in ("port", "portrange"):
+            return ("port", qualifiers.direction, self._port_numbers(term)[2])
+        if qualifiers.type in ("", "host", "net") and isinstance(
+            term.operand, (syntax.Ipv4, syntax.Ipv6, syntax.Number)
+        ):
+            if qualifiers.protocol == "decnet":
+                return None
+            return (isinstance(term.operand, syntax.Ipv6), qualifiers.direction, qualifiers.protocol)
+        return None
+
+    def directed(
+        self,
+        direction: str,
+        members: Sequence[Member],
+        source: Callable[[Sequence[Member]], Condition],
+        destination: Callable[[Sequence[Member]], Condition],
+    ) -> Condition:
+        """One of `members` in the source, the destination, or as the direction says."""
+        if direction == "src":
+            return source(members)
+        if direction == "dst":
+            return destination(members)
+        if direction == "and":
+            return every(source(members), destination(members))
+        if len(members) == 1 or self.order == "libpcap":
+            return some(source(members), destination(members))
+        # A packet may end before the destination: only the first member is looked for in the source before that is read.
+        return some(source(members[:1]), destination(members), source(members[1:]))
+
+    def primitive(self, term: syntax.Primitive) -> Condition:
         if not (self.layout.network or self.layout.link_header):
             self._payload_only(term)
         if isinstance(term, syntax.Relation):
@@ -107,10 +176,12 @@ class Lowering:
                 raise self.fail(f'"{term.name}" alone says nothing', term.position)
             return self.protocol(term.name)
         if isinstance(term, syntax.Match):
-            return self.match(term)
+            return self.match((term,))
+        if isinstance(term, syntax.Group):
+            return self.match(term.matches)
         return _SPECIALS[term.name](self, term)
 
-    def _payload_only(self, term: syntax.Match | syntax.Protocol | syntax.Special | syntax.Relation) -> None:
+    def _payload_only(self, term: syntax.Primitive) -> None:
         """UNIX and netlink sockets carry messages without headers: only their length can be asked for."""
         if isinstance(term, syntax.Special) and term.name in ("less", "greater"):
             return
@@ -165,7 +236,9 @@ class Lowering:
 
     # Qualified operands
 
-    def match(self, term: syntax.Match) -> Condition:
+    def match(self, terms: Sequence[syntax.Match]) -> Condition:
+        """Qualified operands, any one of them; where there are more, they are of one kind."""
+        term = terms[0]
         qualifiers = term.qualifiers
         if qualifiers.direction in wireless.DIRECTIONS and not (
             qualifiers.protocol == "link" and self.headers.link in wireless.LINKS
@@ -174,10 +247,10 @@ class Lowering:
         if qualifiers.type in ("proto", "protochain"):
             return self._proto(term)
         if qualifiers.type in ("port", "portrange"):
-            return self._port(term)
+            return self._port(terms)
         if qualifiers.type == "gateway":
             return hosts.gateway(self, term)
-        return hosts.match(self, term)
+        return hosts.match(self, terms)
 
     def _proto(self, term: syntax.Match) -> Condition:
         protocol, kind = term.qualifiers.protocol, term.qualifiers.type
@@ -224,24 +297,20 @@ class Lowering:
             raise self.fail(f'"{operand.text}" is no protocol known here', term.position)
         return number
 
-    def _port(self, term: syntax.Match) -> Condition:
-        first, last, protocol = self._port_numbers(term)
-        pool = self.pool
-        direction = term.qualifiers.direction
-
-        def at(version: int, offset: int) -> Condition:
-            word = self.headers.load(self.headers.transport(version), offset, 2)
-            if first == last and term.qualifiers.type == "port":
-                return pool.test("eq", word, first)
-            if first == last:
-                return pool.test("eq", word, first) if self.order == "traffic" else _between(pool, word, first, last)
-            return _between(pool, word, first, last)
+    def _port(self, terms: Sequence[syntax.Match]) -> Condition:
+        numbers = [self._port_numbers(term) for term in terms]
+        ranges = [(first, last) for first, last, _ in numbers]
+        protocol = numbers[0][2]
 
         def ports(version: int) -> Condition:
-            if direction in ("src", "dst"):
-                return at(version, 0 if direction == "src" else 2)
-            both = at(version, 0), at(version, 2)
-            return every(*both) if direction == "and" else some(*both)
+            transport = self.headers.transport(version)
+            source, destination = (self.headers.load(transport, offset, 2) for offset in (0, 2))
+            return self.directed(
+                terms[0].qualifiers.direction,
+                ranges,
+                lambda members: sets.member(self.pool, source, members),
+                lambda members: sets.member(self.pool, destination, members),
+            )
 
         if protocol is not None:
             protocols: tuple[int, ...] = (protocol,)
@@ -386,10 +455,6 @@ def _number(term: syntax.Special, index: int) -> int:
     value = term.arguments[index]
     assert isinstance(value, int)
     return value
-
-
-def _between(pool: Pool, word: Value, first: int, last: int) -> Condition:
-    return every(pool.test("ge", word, first), negated(pool.test("gt", word, last)))
 
 
 # The control byte's value under a mask, for I frames, S frames, U frames and their kinds.

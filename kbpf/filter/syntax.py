@@ -76,6 +76,13 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Alternatives of one kind with the same qualifiers; made when the tree is given its meaning."""
+
+    matches: tuple[Match, ...]
+
+
+@dataclass(frozen=True)
 class Protocol:
     """A protocol's name alone: ``tcp``."""
 
@@ -159,4 +166,5 @@ class Some:
     terms: tuple[Expression, ...]
 
 
-Expression: TypeAlias = "Match | Protocol | Special | Relation | Not | Every | Some"
+Primitive: TypeAlias = "Match | Group | Protocol | Special | Relation"
+Expression: TypeAlias = "Primitive | Not | Every | Some"

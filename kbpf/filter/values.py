@@ -130,7 +130,18 @@ class Negation:
         self.part = part
 
 
-Condition: TypeAlias = "Test | All | Any | Negation | bool"
+class Choice:
+    """`yes` where `test` is true, else `no`."""
+
+    __slots__ = ("no", "test", "yes")
+
+    def __init__(self, test: Test, yes: Condition, no: Condition) -> None:
+        self.test = test
+        self.yes = yes
+        self.no = no
+
+
+Condition: TypeAlias = "Test | All | Any | Negation | Choice | bool"
 
 
 def every(*parts: Condition) -> Condition:

@@ -1,0 +1,61 @@
+"""Membership of a word in a set of addresses, networks, ports or ranges: a chain of tests, or a balanced tree of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kbpf.filter.values import M32, Choice, Condition, Pool, Test, Value, every, negated, some
+
+#: Up to this many members are tested one after the other; it is also the most that a leaf of the tree holds.
+CHAIN = 8
+
+
+def member(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condition:
+    """Whether `word` is in one of the closed intervals."""
+    if len(members) <= CHAIN:
+        return some(*(within(pool, word, low, high) for low, high in members))
+    return _tree(pool, word, _united(members))
+
+
+def masked(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condition:
+    """Whether `word` under one of the masks is the address that goes with it; members are (address, mask)."""
+    if len(members) <= CHAIN or not all(_is_prefix(mask) for _, mask in members):
+        return some(*(_masked(pool, word, address, mask) for address, mask in members))
+    return _tree(pool, word, _united([(address, address | ~mask & M32) for address, mask in members]))
+
+
+def _masked(pool: Pool, word: Value, address: int, mask: int) -> Condition:
+    # With no mask at all any word will do; that it can be read is still asked.
+    return pool.test("eq", word, address, mask) if mask else pool.test("ge", word, 0)
+
+
+def within(pool: Pool, word: Value, low: int, high: int) -> Condition:
+    """``low <= word <= high``."""
+    if low == high:
+        return pool.test("eq", word, low)
+    return every(pool.test("ge", word, low), negated(pool.test("gt", word, high)))
+
+
+def _is_prefix(mask: int) -> bool:
+    rest = ~mask & M32
+    return rest & (rest + 1) == 0
+
+
+def _united(members: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same set as few intervals in order."""
+    united: list[tuple[int, int]] = []
+    for low, high in sorted(members):
+        if united and low <= united[-1][1] + 1:
+            united[-1] = (united[-1][0], max(high, united[-1][1]))
+        else:
+            united.append((low, high))
+    return united
+
+
+def _tree(pool: Pool, word: Value, members: list[tuple[int, int]]) -> Condition:
+    if len(members) <= CHAIN:
+        return some(*(within(pool, word, low, high) for low, high in members))
+    middle = len(members) // 2
+    test = pool.test("gt", word, members[middle - 1][1])
+    assert isinstance(test, Test)
+    return Choice(test, _tree(pool, word, members[middle:]), _tree(pool, word, members[:middle]))
