@@ -4,11 +4,11 @@
 socket sees is Linux's: each frame twice on loopback (going out, then coming in), VLAN tags of received frames in
 the metadata, outgoing frames only for sockets of ETH_P_ALL other than the sender.
 
-With ``KBPF_EMULATED_CAPTURE=FILE`` every interface that a packet socket is opened on exists, and plays the
-file once (pcap or pcapng). It plays when the program looks, so that no frame comes before the
-filter: reading from a socket brings frames until one arrives there, and reading a map while a
-program is attached (`settle`) brings all that are left. At the end, reading an empty socket raises `TimeoutError` at
-once, whatever its timeout, because nothing can come any more.
+With ``KBPF_EMULATED_CAPTURE=FILE`` every interface that a packet socket is opened on exists, and plays the file (pcap
+or pcapng) once for all sockets that are open on it together. It plays when the program looks, so that no
+frame comes before the filter: reading from a socket brings frames until one arrives there, and reading
+a map while an eBPF program is attached (`settle`) brings all that are left. At the end, reading an empty
+socket raises `TimeoutError` at once, whatever its timeout, because nothing can come any more.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kbpf.emulator import ethernet
 from kbpf.emulator.ethernet import Tag
 from kbpf.emulator.packet import Packet
+from kbpf.emulator.replay import Replay
 from kbpf.emulator.slot import error
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class EmulatedInterface:
     #: The other end of a pair.
     peer: EmulatedInterface | None = field(default=None, repr=False)
     #: Frames still to come from a capture file; None: not fed by one.
-    feed: Iterator[tuple[bytes, int, int]] | None = field(default=None, repr=False)
+    feed: Replay | None = field(default=None, repr=False)
     fed: bool = False
 
     @property
@@ -245,6 +245,15 @@ class Network:
     def unregister(self, socket: EmulatedPacketSocket) -> None:
         with self.lock:
             self._sockets.discard(socket)
+            for device in self._interfaces.values():
+                if not self._listening(device):
+                    self._silence(device)
+
+    def _silence(self, device: EmulatedInterface) -> None:
+        """End what plays on an interface: there is nobody left to hear it."""
+        if device.feed is not None:
+            device.feed.close()
+        device.feed, device.fed = None, False
 
     def _listening(self, device: EmulatedInterface) -> list[EmulatedPacketSocket]:
         found = [s for s in self._sockets if s.interface in (None, device) and not s.closed]
@@ -267,11 +276,10 @@ class Network:
 
     def play(self, interface: str, source: str | os.PathLike[str] | bytes) -> None:
         """Play a capture on an interface, as ``KBPF_EMULATED_CAPTURE`` does."""
-        from kbpf.emulator.replay import frames
-
         device = self.interface(interface)
         with self.lock:
-            device.feed, device.fed = frames(source), True
+            self._silence(device)
+            device.feed, device.fed = Replay(source), True
 
     def fed(self, interface: EmulatedInterface | None) -> bool:
         """Whether a capture plays, or has played, for sockets bound there."""

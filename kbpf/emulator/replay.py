@@ -11,22 +11,31 @@ from kbpf.pcapfile import CaptureError, Record, open_capture
 _DLT_EN10MB, _DLT_RAW, _DLT_LINUX_SLL, _DLT_LINUX_SLL2 = 1, 12, 113, 276
 
 
-def frames(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Each packet as (frame, length on the wire, nanoseconds since 1970).
+class Replay(Iterator[tuple[bytes, int, int]]):
+    """Each packet of a capture as (frame, length on the wire, nanoseconds since 1970).
 
-    Opens the file at once, so that a missing one is seen when it is asked for. Raises `CaptureError` for damage
-    and for link types that cannot be made Ethernet: those but Ethernet, raw IP and Linux's cooked captures.
+    Opens the file at once, so that a missing one is seen when it is asked for, and closes it at its end. Raises
+    `CaptureError` for damage and for link types that cannot be made Ethernet: those but Ethernet, raw IP and
+    Linux's cooked captures.
     """
-    capture = open_capture(source)
 
-    def read() -> Iterator[tuple[bytes, int, int]]:
-        with capture:
-            for record in capture:
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
+        self._capture = open_capture(source)
+
+    def __next__(self) -> tuple[bytes, int, int]:
+        try:
+            while True:
+                record = next(self._capture)
                 frame = _frame(record)
                 if len(frame) >= ethernet.HEADER:
-                    yield frame, max(record.wirelen + len(frame) - len(record.data), len(frame)), record.timestamp_ns
+                    wirelen = record.wirelen + len(frame) - len(record.data)
+                    return frame, max(wirelen, len(frame)), record.timestamp_ns
+        except BaseException:
+            self.close()
+            raise
 
-    return read()
+    def close(self) -> None:
+        self._capture.close()
 
 
 def _frame(record: Record) -> bytes:

@@ -409,6 +409,15 @@ def test_reading_a_map_brings_the_capture_to_programs_that_are_attached(
         assert len(seen) == 5000
 
 
+def test_a_capture_plays_again_when_all_who_heard_it_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KBPF_EMULATED_CAPTURE", str(capture_file(tmp_path / "x.pcap", 3)))
+    for _ in range(2):
+        with sockets.open_packet_socket("lo", protocol=0x0800) as first, sockets.open_packet_socket("lo") as second:
+            assert len(received(first)) == 3 and len(received(second)) == 6
+    with sockets.open_packet_socket("lo"):
+        pass  # Nothing was read: the file is closed all the same.
+
+
 def test_captures_that_cannot_be_played_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KBPF_EMULATED_CAPTURE", str(tmp_path / "nosuch.pcap"))
     with pytest.raises(FileNotFoundError):
