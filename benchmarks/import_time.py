@@ -16,6 +16,7 @@ import time
 COMMANDS = {
     "bare interpreter": ["-c", "pass"],
     "import kbpf": ["-c", "import kbpf"],
+    "use all its names": ["-c", "from kbpf import *"],
     "kbpf compile": ["-c", "from kbpf.cli.main import main; main()", "compile", "-d", "tcp and dst port 7070"],
 }
 

@@ -1,4 +1,7 @@
-"""Linux BPF for Python: filters on live sockets, programs and their maps, an emulator with the kernel's verdicts."""
+"""Linux BPF for Python: filters on live sockets, programs and their maps, an emulator with the kernel's verdicts.
+
+Names are loaded when they are first used: a program that only compiles a filter does not pay for maps and ELF.
+"""
 
 from kbpf.errors import (
     BpfError,
@@ -14,14 +17,40 @@ from kbpf.errors import (
     PermissionDeniedError,
     VerifierError,
 )
-from kbpf.runtime.attach import attach, packet_socket
-from kbpf.runtime.backends import use_backend
-from kbpf.runtime.collection import Collection, load
-from kbpf.runtime.filter import Filter, compile
-from kbpf.runtime.link import Link
-from kbpf.runtime.map import Map
-from kbpf.runtime.program import Program, RunResult, load_program
-from kbpf.specs import CollectionSpec, FilterSpec, MapSpec, ProgramSpec
+
+TYPE_CHECKING = False  # What type checkers take for true; importing it from typing costs more than all the rest.
+if TYPE_CHECKING:
+    from kbpf import bcc, emulator
+    from kbpf.runtime.attach import attach, packet_socket
+    from kbpf.runtime.backends import use_backend
+    from kbpf.runtime.collection import Collection, load
+    from kbpf.runtime.filter import Filter, compile
+    from kbpf.runtime.link import Link
+    from kbpf.runtime.map import Map
+    from kbpf.runtime.program import Program, RunResult, load_program
+    from kbpf.specs import CollectionSpec, FilterSpec, MapSpec, ProgramSpec
+
+# Where each name is defined; a submodule is at home here.
+_HOMES = {
+    "Collection": "runtime.collection",
+    "CollectionSpec": "specs",
+    "Filter": "runtime.filter",
+    "FilterSpec": "specs",
+    "Link": "runtime.link",
+    "Map": "runtime.map",
+    "MapSpec": "specs",
+    "Program": "runtime.program",
+    "ProgramSpec": "specs",
+    "RunResult": "runtime.program",
+    "attach": "runtime.attach",
+    "bcc": "",
+    "compile": "runtime.filter",
+    "emulator": "",
+    "load": "runtime.collection",
+    "load_program": "runtime.program",
+    "packet_socket": "runtime.attach",
+    "use_backend": "runtime.backends",
+}
 
 __all__ = [
     "BpfError",
@@ -47,9 +76,26 @@ __all__ = [
     "RunResult",
     "VerifierError",
     "attach",
+    "bcc",
     "compile",
+    "emulator",
     "load",
     "load_program",
     "packet_socket",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kbpf' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"kbpf.{home}"), name) if home else import_module(f"kbpf.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
