@@ -17,7 +17,7 @@ from kbpf.kernel.attrs import Attr, Info, command, object_name
 from kbpf.kernel.btf import loaded_btf, read_btf
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_F_NUMA_NODE
-from kbpf.uapi.enums import MAP_TYPES
+from kbpf.uapi.enums import COMMANDS, MAP_TYPES
 
 _TYPE_NAMES = {number: name for name, number in MAP_TYPES.items()}
 
@@ -87,26 +87,22 @@ class MapCommands:
         return read_btf(id) if id else b""
 
     def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
-        return _take("map_lookup_elem", fd, key, value_size, flags)
+        return syscall.element(COMMANDS["map_lookup_elem"], fd, key, value_size, flags)
 
     def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
         return syscall.element_reader(fd, key_size, value_size)
 
     def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None:
-        key_at, value_at = _memory(key), syscall.Buffer(value)
-        command("map_update_elem", map_fd=fd, key=_address(key_at), value=value_at.address, flags=flags)
+        syscall.element(COMMANDS["map_update_elem"], fd, key, value, flags)
 
     def map_delete(self, fd: int, key: bytes) -> None:
-        memory = syscall.Buffer(key)
-        command("map_delete_elem", map_fd=fd, key=memory.address)
+        syscall.element(COMMANDS["map_delete_elem"], fd, key)
 
     def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
-        key_at, found = _memory(key), syscall.Buffer(key_size)
-        command("map_get_next_key", map_fd=fd, key=_address(key_at), next_key=found.address)
-        return found.read()
+        return syscall.element(COMMANDS["map_get_next_key"], fd, key, key_size)
 
     def map_lookup_and_delete(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
-        return _take("map_lookup_and_delete_elem", fd, key, value_size, flags)
+        return syscall.element(COMMANDS["map_lookup_and_delete_elem"], fd, key, value_size, flags)
 
     def map_lookup_batch(
         self, fd: int, token: bytes | None, count: int, key_size: int, value_size: int, delete: bool = False
@@ -156,12 +152,6 @@ def _memory(contents: bytes | None) -> syscall.Buffer | None:
 
 def _address(memory: syscall.Buffer | None) -> int:
     return 0 if memory is None else memory.address
-
-
-def _take(name: str, fd: int, key: bytes | None, value_size: int, flags: int) -> bytes:
-    key_at, value = _memory(key), syscall.Buffer(value_size)
-    command(name, map_fd=fd, key=_address(key_at), value=value.address, flags=flags)
-    return value.read()
 
 
 def _change_batch(name: str, **values: int) -> int:

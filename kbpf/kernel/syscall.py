@@ -101,6 +101,25 @@ def bpf(command: int, attr: bytearray) -> int:
             raise failure(number)
 
 
+def _address(data: bytes | None) -> int:
+    """Where the bytes themselves are, for what the kernel only reads; 0 for None."""
+    return ctypes.c_void_p.from_buffer(ctypes.c_char_p(data)).value or 0
+
+
+def element(command: int, fd: int, key: bytes | None, value: bytes | int | None = None, flags: int = 0) -> bytes:
+    """One of the commands on a map's element.
+
+    `value` is what the kernel reads, or the number of bytes that it writes, which are returned.
+    """
+    key_at = _address(key)
+    if isinstance(value, int):
+        room = ctypes.create_string_buffer(max(value, 1))
+        bpf(command, bytearray(_ELEMENT.pack(fd, key_at, ctypes.addressof(room), flags)))
+        return room.raw[:value]
+    bpf(command, bytearray(_ELEMENT.pack(fd, key_at, _address(value), flags)))
+    return b""
+
+
 def element_reader(fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
     """BPF_MAP_LOOKUP_ELEM on one map, bound: one Python frame over the system call.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 
-import kbpf
 import pytest
+
+import kbpf
 
 
 def test_a_filter_that_would_never_run_is_refused_with_the_reason() -> None:
