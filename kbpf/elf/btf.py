@@ -101,6 +101,8 @@ class Btf:
         start, end = header + type_off, header + type_off + type_len
         if end > len(self.data) or header + str_off + str_len > len(self.data):
             raise ObjectError(f"{self.name}: cut short: {len(self.data)} bytes")
+        #: Bytes of all types together.
+        self.types_size = type_len
         self._strings = self.data[header + str_off : header + str_off + str_len]
         self.records: list[Record] = [Record(0, 0, "void", False, 0, (), (), 0)]
         while start < end:
@@ -113,6 +115,11 @@ class Btf:
         if end < 0 or offset >= len(self._strings):
             raise ObjectError(f"{self.name}: no string at offset {offset}")
         return self._strings[offset:end].decode(errors="replace")
+
+    def rebuilt(self, types: bytes) -> bytes:
+        """This BTF with other types over the same strings."""
+        size = len(types)
+        return _HEADER.pack(MAGIC, 1, 0, _HEADER.size, 0, size, size, len(self._strings)) + types + self._strings
 
     def _record(self, id: int, start: int) -> tuple[Record, int]:
         data, string = self.data, self.string

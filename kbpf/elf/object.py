@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from kbpf.elf import btf
-from kbpf.elf.btf import Btf
-from kbpf.elf.file import ElfFile, read
+from kbpf.elf.btf import Btf, Record
+from kbpf.elf.file import ElfFile, Section, read
 from kbpf.elf.maps import find_maps
 from kbpf.elf.programs import Linker
 from kbpf.errors import ObjectError
@@ -75,10 +76,11 @@ def _license(elf: ElfFile) -> str:
 def _loadable(elf: ElfFile, info: Btf) -> bytes:
     """The BTF as the kernel takes it, empty if it never will.
 
-    The compiler leaves the sizes of sections and the places of global variables to whoever reads the symbol table.
+    The compiler leaves the sizes of sections and the places of variables to whoever reads the symbol table. It also
+    lists constants in ``.rodata`` that it then puts elsewhere, such as ``.rodata.cst32``: these are taken out.
     """
-    blob = bytearray(info.data)
-    places = {symbol.name: symbol for symbol in elf.symbols if symbol.type == "STT_OBJECT"}
+    types = bytearray()
+    done = start = info.records[1].position if len(info.records) > 1 else 0
     for record in info.records:
         if record.kind == btf.FUNC and record.data[0] == _EXTERN:
             return b""
@@ -87,20 +89,36 @@ def _loadable(elf: ElfFile, info: Btf) -> bytes:
         section = elf.section(record.name)
         if section is None:
             return b""
-        struct.pack_into("=I", blob, record.position + 8, section.size)
-        entries = []
-        for variable in record.items:
-            var = info[variable.type]
-            if var.kind != btf.VAR:
-                raise ObjectError(f".BTF: section {record.name} has type {var.id}, which is no variable")
-            offset = variable.offset
-            if var.data[0] != _STATIC:
-                if var.name not in places or places[var.name].section != section.index:
-                    raise ObjectError(f"section {record.name}: no symbol {var.name!r}, which .BTF describes")
-                offset = places[var.name].value
-            entries.append((offset, variable.type, variable.size))
-        at = record.position + 12
-        for offset, type, size in sorted(entries):
-            struct.pack_into("=3I", blob, at, type, offset & 0xFFFFFFFF, size)
-            at += 12
-    return bytes(blob)
+        entries = sorted(_places(elf, info, record, section))
+        types += info.data[done : record.position]
+        name, head = struct.unpack_from("=II", info.data, record.position)
+        types += struct.pack("=III", name, head & ~0xFFFF | len(entries), section.size)
+        for offset, type, size in entries:
+            types += struct.pack("=III", type, offset & 0xFFFFFFFF, size)
+        done = record.position + 12 + 12 * len(record.items)
+    types += info.data[done : start + info.types_size]
+    return info.rebuilt(bytes(types))
+
+
+def _places(elf: ElfFile, info: Btf, record: Record, section: Section) -> Iterator[tuple[int, int, int]]:
+    """(offset, type, size) of the variables that lie in the section which the DATASEC is named after."""
+    described = elf.section(".BTF")
+    relocations = elf.relocations.get(described.index, ()) if described is not None else ()
+    moved = {relocation.offset: relocation.symbol for relocation in relocations}
+    named = {symbol.name: symbol for symbol in elf.symbols if symbol.type == "STT_OBJECT"}
+    for index, variable in enumerate(record.items):
+        var = info[variable.type]
+        if var.kind != btf.VAR:
+            raise ObjectError(f".BTF: section {record.name} has type {var.id}, which is no variable")
+        offset = variable.offset
+        symbol = moved.get(record.position + 12 + 12 * index + 4)
+        if symbol is not None:
+            offset += symbol.value
+        elif var.data[0] != _STATIC:
+            # Relocations of BTF may have been stripped.
+            symbol = named.get(var.name)
+            if symbol is None:
+                raise ObjectError(f"section {record.name}: no symbol {var.name!r}, which .BTF describes")
+            offset = symbol.value
+        if symbol is None or symbol.section == section.index:
+            yield offset, variable.type, variable.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -16,6 +17,8 @@ from kbpf.elf import btf, read_object
 from kbpf.elf.file import read
 from kbpf.elf.sections import SECTIONS, classify
 from kbpf.isa import ebpf
+from kbpf.kernel import syscall
+from kbpf.kernel.attrs import command
 from kbpf.runtime.backends import select
 from kbpf.uapi.constants import BPF_F_MMAPABLE, BPF_F_RDONLY_PROG
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES
@@ -43,6 +46,8 @@ struct { __uint(type, 22); __uint(max_entries, 2); __type(value, __u64); } queue
 const volatile __u32 scale = 3;
 volatile __u32 base = 40;
 static volatile __u64 calls;
+/* The compiler moves these to .rodata.cst32, but BTF says .rodata. */
+static const __u32 table[8] = {1, 2, 3, 4, 5, 6, 7, 8};
 volatile __u16 other;
 
 static long (*bpf_loop)(__u32 count, void *callback, void *context, __u64 flags) = (void *)181;
@@ -53,6 +58,7 @@ static __attribute__((noinline)) int scaled(int x) { return twice(x) + scale; }
 
 SEC("socket") int first(struct __sk_buff *skb) { other = 1; return scaled(base) - twice(20); }
 SEC("socket") int second(struct __sk_buff *skb) { return scaled(1); }
+SEC("socket") int constant(struct __sk_buff *skb) { return table[skb->len & 7]; }
 SEC("socket/loop") int third(struct __sk_buff *skb)
 {
 	__u32 sum = 0;
@@ -117,7 +123,7 @@ class TestShippedObject:
 class TestCompiled:
     def test_maps(self, compiled):
         maps = read_object(compiled).maps
-        assert set(maps) == {".data", ".rodata", ".bss", "pinned", "outer", "tails", "events", "queue"}
+        assert set(maps) == {".data", ".rodata", ".rodata.cst32", ".bss", "pinned", "outer", "tails", "events", "queue"}
         assert maps["pinned"].pinning == "by_name"
         assert maps["pinned"].flags == 1
         assert (maps["outer"].key_size, maps["outer"].value_size) == (4, 4)
@@ -175,7 +181,7 @@ class TestCompiled:
         assert slot[1] == ebpf.PSEUDO_FUNC
         assert slot[0] + slot[2] + 1 == struct.unpack_from("=I", third.func_info, 8)[0]
 
-    @pytest.mark.parametrize(("name", "value"), [("first", 43), ("second", 5), ("third", 10)])
+    @pytest.mark.parametrize(("name", "value"), [("first", 43), ("second", 5), ("third", 10), ("constant", 3)])
     @pytest.mark.requires("kernel")
     def test_the_kernel_runs_it(self, compiled, name, value):
         program = read_object(compiled).programs[name]
@@ -193,6 +199,22 @@ class TestCompiled:
         assert (info.btf_key_type_id, info.btf_value_type_id) == (spec.btf_key_type_id, spec.btf_value_type_id)
         assert bool(info.btf_id) == bool(spec.btf)
         assert info.name == spec.name
+
+    def test_a_variable_is_described_where_it_lies(self, compiled):
+        maps = read_object(compiled).maps
+        assert [member.name for member in maps[".rodata"].value_type.members] == ["scale"]
+        assert maps[".rodata.cst32"].contents == ((bytes(4), struct.pack("=8I", *range(1, 9))),)
+        assert maps[".rodata.cst32"].value_type is None
+
+    @pytest.mark.parametrize("name", ["first", "second", "third", "fourth", "constant"])
+    @pytest.mark.requires("kernel")
+    def test_the_kernel_takes_the_btf_with_function_and_line_records(self, compiled, name):
+        program = read_object(compiled).programs[name]
+        assert program.btf
+        assert program.func_info
+        assert program.line_info
+        blob = syscall.Buffer(program.btf)
+        os.close(command("btf_load", btf=blob.address, btf_size=blob.size))
 
     @pytest.mark.requires("bpftool")
     def test_btf_reads_as_bpftool_reads_it(self, compiled):
