@@ -167,12 +167,16 @@ class Run(Space):
     def execute(self) -> int:
         """Run to the end; returns the low 32 bits of R0."""
         state = self.state
-        while self._take(0) == TAIL_CALL:
-            state[1], state[10] = CONTEXT_ADDRESS, FIRST_FRAME
-            state[FUEL] -= len(self.code.steps)
-            if state[FUEL] < 0:
-                self.exhausted()
-        return int(state[0]) & M32
+        try:
+            while self._take(0) == TAIL_CALL:
+                state[1], state[10] = CONTEXT_ADDRESS, FIRST_FRAME
+                state[FUEL] -= len(self.code.steps)
+                if state[FUEL] < 0:
+                    self.exhausted()
+            return int(state[0]) & M32
+        finally:
+            # The state holds the run: without the ring, all goes at once.
+            state[RUN] = None
 
     def _take(self, pc: int) -> int:
         steps, state = self.code.steps, self.state

@@ -217,12 +217,9 @@ def _jump(opcode: int, backward: bool) -> str | None:
         return taken if not opcode & ebpf.X else None
     if op == ebpf.JCOND:
         # may_goto: Linux lets such a loop run for a quarter of a second; here, for half of the run's budget.
-        return (
-            "if r[FUEL] < r[RUN].subject.budget >> 1: return target\nreturn next"
-            if opcode == ebpf.JMP | ebpf.JCOND
-            else None
-        )
-    condition = CONDITIONS.get(op)
+        condition = "r[FUEL] < r[RUN].subject.budget >> 1" if opcode == ebpf.JMP | ebpf.JCOND else None
+    else:
+        condition = CONDITIONS.get(op)
     if condition is None:
         return None
     block = "".join(f"    {line}\n" for line in taken.splitlines())

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -103,8 +104,8 @@ class Walk:
     def both(self, command: str, *arguments: Any) -> Any:
         """The outcome of a command, the same on both sides."""
         outcomes = [
-            attempt(lambda b=b, fd=fd: getattr(b, command)(fd, *arguments))
-            for b, fd in zip(self.sides, self.fds, strict=True)
+            attempt(partial(getattr(backend, command), fd, *arguments))
+            for backend, fd in zip(self.sides, self.fds, strict=True)
         ]
         assert outcomes[1] == outcomes[0], (command, arguments)
         return outcomes[0]
@@ -146,7 +147,7 @@ class Walk:
         contents = []
         for backend, fd in zip(self.sides, self.fds, strict=True):
             size = self.spec.key_size
-            whole = attempt(lambda b=backend, fd=fd: b.map_lookup_batch(fd, None, 64, size, self.value_size, delete))
+            whole = attempt(partial(backend.map_lookup_batch, fd, None, 64, size, self.value_size, delete))
             if isinstance(whole, Batch):
                 assert whole.token is None
                 whole = sorted(
@@ -160,10 +161,10 @@ class Walk:
         assert contents[1] == contents[0]
 
     def keys(self, backend: Any, fd: int) -> Iterator[bytes]:
-        key = attempt(lambda: backend.map_next_key(fd, None, self.spec.key_size))
+        key = attempt(partial(backend.map_next_key, fd, None, self.spec.key_size))
         while isinstance(key, bytes):
             yield key
-            key = attempt(lambda: backend.map_next_key(fd, key, self.spec.key_size))
+            key = attempt(partial(backend.map_next_key, fd, key, self.spec.key_size))
 
     def missing_pointers(self) -> None:
         self.both("map_lookup", None, self.value_size)

@@ -49,6 +49,9 @@ def trace_printk(run: Run, text: int, size: int, first: int, second: int, third:
 
 def get_current_comm(run: Run, buffer: int, size: int, *_: int) -> int:
     size &= M32
+    run.check_writable(buffer, size)
+    if not size:
+        return -errno.EINVAL
     try:
         name = Path("/proc/self/comm").read_bytes().rstrip(b"\n")[: size - 1]
     except OSError:
