@@ -21,6 +21,7 @@ import struct
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from keyword import iskeyword
 from typing import Any, NamedTuple
 
 from kbpf.types import Array, Enum, Float, Int, Pointer, Struct, Type
@@ -136,7 +137,9 @@ def _array_codec(type: Array) -> Codec:
 
 def _struct_codec(type: Struct) -> Codec:
     names = [member.name for member in type.members]
-    record: Any = namedtuple(type.name or "anonymous", names, rename=True)  # type: ignore[misc]
+    # C may call a struct what Python cannot, such as "class".
+    usable = type.name.isidentifier() and not iskeyword(type.name)
+    record: Any = namedtuple(type.name if usable else "anonymous", names, rename=True)  # type: ignore[misc]
     members = [(member.bit_offset // 8, codec(member.type, member.type.size)) for member in type.members]
     whole = _bytes_codec(type.size)
     flat = _flat_format(type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kbpf.backend import Backend
@@ -70,6 +71,9 @@ class Map(Resource, MutableMapping[Any, Any]):
         if spec.inner is not None and inner is None:
             with cls._create(spec.inner, chosen) as template:
                 return cls._create(spec, chosen, template)
+        if spec.type == "perf_event_array" and spec.max_entries == 0:
+            # As libbpf has it, none means one for each CPU.
+            spec = replace(spec, max_entries=chosen.possible_cpus())
         named = f'map "{spec.name}" ({spec.type})' if spec.name else f"map ({spec.type})"
         with doing(chosen, f"create {named}", operation="map_create", map_type=spec.type):
             fd = chosen.map_create(spec, None if inner is None else inner.fileno())
@@ -128,7 +132,7 @@ class Map(Resource, MutableMapping[Any, Any]):
         try:
             with doing(backend, "read a map's info", operation="obj_get_info_by_fd"):
                 info = backend.map_info(fd)
-            if key_type is None and value_type is None and info.btf_key_type_id:
+            if key_type is None and value_type is None and info.btf_value_type_id:
                 key_type, value_type = _types_from_btf(backend, fd, info.btf_key_type_id, info.btf_value_type_id)
         except BaseException:
             backend.close(fd)
@@ -325,7 +329,8 @@ def _types_from_btf(backend: Backend, fd: int, key_id: int, value_id: int) -> tu
     from kbpf.elf.btf import Btf
 
     btf = Btf(blob)
-    return btf.resolve(key_id), btf.resolve(value_id)
+    # Maps of a program's variables have a type for the value alone.
+    return btf.resolve(key_id) if key_id else None, btf.resolve(value_id)
 
 
 def _id_of_name(backend: Backend, name: str) -> int:

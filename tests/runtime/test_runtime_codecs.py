@@ -127,3 +127,8 @@ def test_per_cpu_bytes_have_no_sum():
 def test_a_per_cpu_value_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="sequence of 2"):
         per_cpu_codec(codec(U32, 4), 2).encode([1])
+
+
+def test_a_struct_named_by_a_python_keyword_decodes():
+    keyword = Struct(name="class", size=4, members=(Member(name="if", type=U32),))
+    assert codec(keyword, 4).decode(struct.pack("=I", 7)) == (7,)

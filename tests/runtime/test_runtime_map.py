@@ -204,3 +204,10 @@ def test_a_pinned_map_outlives_its_descriptor(tmp_path):
         from pathlib import Path
 
         Path(path).unlink()
+
+
+@pytest.mark.requires("kernel")
+def test_a_perf_event_array_of_no_size_gets_one_for_each_cpu():
+    spec = kbpf.MapSpec(type="perf_event_array", key_size=4, value_size=4)
+    with kbpf.Map.create(spec, backend="kernel") as map, kbpf.Map.open(fd=map.fileno(), backend="kernel") as opened:
+        assert opened.shape.max_entries >= 1
