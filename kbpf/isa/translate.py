@@ -25,6 +25,15 @@ def to_ebpf(instructions: Sequence[cbpf.Instruction]) -> tuple[Instruction, ...]
 
     Raises `kbpf.FilterError` if the filter is invalid, or so long that a jump does not fit 16 bits.
     """
+    return _translate(instructions)[0]
+
+
+def starts(instructions: Sequence[cbpf.Instruction]) -> tuple[int, ...]:
+    """Where in the translation each classic instruction begins."""
+    return _translate(instructions)[1]
+
+
+def _translate(instructions: Sequence[cbpf.Instruction]) -> tuple[tuple[Instruction, ...], tuple[int, ...]]:
     cbpf.check(instructions)
     out: list[Instruction] = [
         Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_A),
@@ -45,7 +54,7 @@ def to_ebpf(instructions: Sequence[cbpf.Instruction]) -> tuple[Instruction, ...]
         if off > 0x7FFF:
             raise FilterError(f"a jump over {off} instructions does not fit eBPF's 16 bits")
         out[slot] = out[slot]._replace(off=off)
-    return tuple(out)
+    return tuple(out), tuple(starts)
 
 
 def _jump(pc: int, instruction: cbpf.Instruction, out: list[Instruction], branches: list[tuple[int, int]]) -> None:
