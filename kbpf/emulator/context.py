@@ -34,6 +34,15 @@ _READ: dict[str, Callable[[Packet], int]] = {
     "gso_size": lambda packet: packet.gso_size,
 }
 _FIELD_AT = {_LAYOUT.fields[name].offset: read for name, read in _READ.items()}
+#: Bytes that the kernel keeps of a field, where they are fewer than the four that programs see.
+_KEPT = {
+    _LAYOUT.fields[name].offset: size
+    for size, names in {
+        1: ("pkt_type",),
+        2: ("queue_mapping", "protocol", "vlan_tci", "vlan_proto", "tc_index", "gso_segs", "gso_size"),
+    }.items()
+    for name in names
+}
 _CB = _LAYOUT.fields["cb"]
 _CB_END = _CB.offset + _CB.size * _CB.count
 
@@ -55,8 +64,9 @@ class SkBuff:
         read = _FIELD_AT.get(offset & ~3)
         if read is None or size > 4:
             return None
-        # The kernel narrows a wide load the same way: by shift and mask.
-        return read(self.packet) >> 8 * (offset & 3) & (1 << 8 * size) - 1
+        value = read(self.packet)
+        # The kernel shifts and masks what it keeps wider than the load, and gives what it keeps narrower as it is.
+        return value if size >= _KEPT.get(offset & ~3, 4) else value >> 8 * (offset & 3) & (1 << 8 * size) - 1
 
     def store(self, offset: int, size: int, value: int) -> bool:
         if offset % size or not (_CB.offset <= offset and offset + size <= _CB_END):

@@ -27,8 +27,14 @@ from kbpf.uapi.enums import PROG_TYPES
 
 #: The most maps that a program may use (MAX_USED_MAPS).
 MOST_MAPS = 64
-_BY_FD = (ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_VALUE)
 _BY_INDEX = (ebpf.PSEUDO_MAP_IDX, ebpf.PSEUDO_MAP_IDX_VALUE)
+#: References to maps, and what they are when the kernel has found the map.
+_REFERENCES = {
+    ebpf.PSEUDO_MAP_FD: ebpf.PSEUDO_MAP_FD,
+    ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD,
+    ebpf.PSEUDO_MAP_VALUE: ebpf.PSEUDO_MAP_VALUE,
+    ebpf.PSEUDO_MAP_IDX_VALUE: ebpf.PSEUDO_MAP_VALUE,
+}
 
 
 class Program:
@@ -90,10 +96,8 @@ class Program:
 
     def _map(self, src: int, imm: int, maps: Sequence[Map], map_of: Callable[[int], Map]) -> Map:
         if src in _BY_INDEX:
-            if not maps:
-                raise invalid("fd_idx without fd_array is invalid", errno.EPROTO)
             if not 0 <= imm < len(maps):
-                raise LoadRefused(errno.EFAULT, "")
+                raise invalid(f"the program refers to map {imm} of {len(maps)}, counted from 0")
             found = maps[imm]
         else:
             try:
@@ -125,10 +129,11 @@ def _tag(spec: ProgramSpec) -> bytes:
     """A digest of the instructions without what differs from load to load."""
     plain, after_map = [], False
     for instruction in spec.instructions:
-        refers = instruction.opcode == ebpf.LD_IMM64 and instruction.src in _BY_FD + _BY_INDEX
-        plain.append(instruction._replace(imm=0, src=ebpf.PSEUDO_MAP_FD) if refers else instruction)
-        if after_map:
-            plain[-1] = instruction._replace(imm=0)
+        refers = instruction.opcode == ebpf.LD_IMM64 and instruction.src in _REFERENCES
+        if refers:
+            plain.append(instruction._replace(imm=0, src=_REFERENCES[instruction.src]))
+        else:
+            plain.append(instruction._replace(imm=0) if after_map else instruction)
         after_map = refers
     return hashlib.sha256(ebpf.encode(plain)).digest()[:8]
 

@@ -1,7 +1,7 @@
 """BPF_PROG_TEST_RUN for socket filters (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
 
-The data begin with an Ethernet header, which is taken off before the program runs: offset 0 is byte 14, and the
-link header is still there for loads relative to it. The packet comes from the loopback device.
+The data begin with an Ethernet header, which is taken off before the program runs: offset 0 is byte 14. The header is
+still there for loads relative to it, and all zeroes in the data that come out. The packet comes from the loopback device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
-from kbpf.uapi.constants import ARPHRD_LOOPBACK, ETH_P_IP, ETH_P_IPV6
+from kbpf.uapi.constants import (
+    ARPHRD_LOOPBACK,
+    ETH_P_IP,
+    ETH_P_IPV6,
+    PACKET_HOST,
+    PACKET_MULTICAST,
+    PACKET_OTHERHOST,
+)
 from kbpf.uapi.structs import STRUCTS
 
 ETH_HLEN = 14
@@ -82,7 +89,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     for _ in range(repeat):
         value = Run(program, program.code, packet, packet.data, context=buff).execute()
     duration = (time.perf_counter_ns() - start) // repeat
-    return RawRun(value, bytes(data), _encode(fields, buff) if context else b"", duration)
+    return RawRun(value, bytes(ETH_HLEN) + data[ETH_HLEN:], _encode(fields, buff) if context else b"", duration)
 
 
 def _padded(context: bytes) -> bytes:
@@ -115,10 +122,10 @@ def _check_settable(context: bytes, fields: dict[str, int], length: int) -> None
 
 
 def _packet_type(data: bytes) -> int:
-    """PACKET_HOST for the loopback device's own address, which is all zeroes."""
+    """PACKET_HOST for the loopback device's own address, which is all zeroes, as its broadcast address is."""
     if data[0] & 1:
-        return 1 if data[:6] == b"\xff" * 6 else 2
-    return 3 if any(data[:6]) else 0
+        return PACKET_MULTICAST
+    return PACKET_OTHERHOST if any(data[:6]) else PACKET_HOST
 
 
 def _encode(fields: dict[str, int], buff: SkBuff) -> bytes:
