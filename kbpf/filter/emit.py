@@ -104,7 +104,7 @@ class _Emitter:
             steps = self._steps(node, wanted, state)
         ends = [steps[-1].after] if steps else []
         for source, outcome, state in edges:
-            entry = len(steps) if (source, outcome) in ready else _entry(steps, state)
+            entry = len(steps) if (source, outcome) in ready else _entry(steps, state, node.test.other is not None)
             entries[(source, outcome)] = entry
             if entry or not steps:
                 ends.append(_through(steps[entry:], state, self.slots))
@@ -276,10 +276,10 @@ def _stored(kept: frozenset[Value], value: Value, slots: dict[Value, int]) -> fr
 _INTERNAL = Value("internal")
 
 
-def _entry(steps: list[_Step], state: _State) -> int:
+def _entry(steps: list[_Step], state: _State, jump_reads_x: bool) -> int:
     """The last instruction at which an edge with `state` may come in."""
     entry = 0
-    needs_a = needs_x = internal = False
+    needs_a, needs_x, internal = True, jump_reads_x, False
     needs_kept: set[Value | None] = set()
     for index in range(len(steps) - 1, -1, -1):
         step = steps[index]
@@ -303,7 +303,6 @@ def _entry(steps: list[_Step], state: _State) -> int:
             and needs_kept <= state.kept
             and index
         ):
-            # Only worth it if the value in question is then right at the end: A must come from this code or the edge.
             entry = index
             break
     return entry

@@ -45,8 +45,6 @@ def decide(test: Test, facts: Facts) -> bool | None:
             return outcome
     if test.mask == M32:
         return _decide(test, Info(0, test.value.top)) if info is None else None
-    if not test.mask:
-        return _compare(test, 0)
     if test.relation == "eq" and test.k & ~test.mask:
         return False
     base = facts.get(test.value)

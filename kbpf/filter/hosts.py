@@ -139,11 +139,8 @@ def _ipv6_is(lowering: Lowering, offset: int, address: int, mask: int) -> Condit
     words = []
     for index in range(4):
         shift = 96 - 32 * index
-        word_mask = mask >> shift & M32
-        if word_mask:
-            words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, word_mask))
-    # With no mask at all any address will do; that it can be read is still asked.
-    return every(*words) if words else lowering.pool.test("ge", headers.network_word(offset, 4), 0)
+        words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, mask >> shift & M32))
+    return every(*words)
 
 
 def mac(lowering: Lowering, address: int, qualifiers: Qualifiers, what: str) -> Condition:

@@ -68,6 +68,8 @@ def _merged(order: list[Node], blocks: dict[Node, Block]) -> dict[Node, tuple[_T
 
 
 class _Layout:
+    """Writes the program from its end, so that every target's place is known when a jump to it is written."""
+
     def __init__(
         self,
         order: list[Node],
@@ -79,73 +81,57 @@ class _Layout:
         self.blocks = blocks
         self.targets = targets
         self.verdicts = {True: stmt(cbpf.RET | cbpf.K, accept), False: stmt(cbpf.RET | cbpf.K, 0)}
-        used = {target.successor for sides in targets.values() for target in sides}
-        self.tail = [verdict for verdict in self._verdict_order() if verdict in used]
-        #: Which sides of a node's jump go through a hop.
-        self.far: dict[Node, list[int]] = {node: [] for node in order}
-        self.starts: dict[Successor, int] = {}
+        #: The program, its last instruction first.
+        self.reversed: list[Instruction] = []
+        #: How many instructions there are from the start of a block, or from the nearest copy of a verdict, to the end.
+        self.to_end: dict[Successor, int] = {}
 
-    def _verdict_order(self) -> tuple[bool, bool]:
+    def program(self) -> tuple[Instruction, ...]:
+        used = {target.successor for sides in self.targets.values() for target in sides}
+        for verdict in self._verdicts():
+            if verdict in used:
+                self._push(self.verdicts[verdict])
+                self.to_end[verdict] = len(self.reversed)
+        for node in reversed(self.order):
+            self._jump(node)
+            self.reversed += reversed(self.blocks[node].code)
+            self.to_end[node] = len(self.reversed)
+        return tuple(reversed(self.reversed))
+
+    def _verdicts(self) -> tuple[bool, bool]:
         """As libpcap has it: last stands what the false sides of the jumps lead to from the start."""
         target: Successor = self.order[0]
         while isinstance(target, Node):
             target = self.targets[target][1].successor
-        return (not target, target)
+        return (target, not target)
 
-    def program(self) -> tuple[Instruction, ...]:
-        self._place()
-        while self._find_far():
-            self._place()
-        out: list[Instruction] = []
-        for index, node in enumerate(self.order):
-            out += self.blocks[node].code
-            self._jump(index, node, out)
-        out += [self.verdicts[verdict] for verdict in self.tail]
-        return tuple(out)
+    def _push(self, instruction: Instruction) -> None:
+        self.reversed.append(instruction)
 
-    def _place(self) -> None:
-        pc = 0
-        for index, node in enumerate(self.order):
-            self.starts[node] = pc
-            block = self.blocks[node]
-            jumps = block.jump is not None or not self._falls_through(index, node)
-            pc += len(block.code) + jumps + len(self.far[node])
-        for verdict in self.tail:
-            self.starts[verdict] = pc
-            pc += 1
+    def _offset(self, target: _Target) -> int:
+        """From behind what is written next."""
+        return len(self.reversed) - (self.to_end[target.successor] - target.entry)
 
-    def _falls_through(self, index: int, node: Node) -> bool:
-        following = self.order[index + 1] if index + 1 < len(self.order) else self.tail[0]
-        return self.targets[node][0] == (following, 0)
-
-    def _at(self, target: _Target) -> int:
-        return self.starts[target.successor] + target.entry
-
-    def _find_far(self) -> bool:
-        grown = False
-        for node in self.order:
-            block = self.blocks[node]
-            if block.jump is None:
-                continue
-            at = self.starts[node] + len(block.code) + 1
-            for side, target in enumerate(self.targets[node]):
-                if side not in self.far[node] and self._at(target) - at > 255:
-                    self.far[node].append(side)
-                    grown = True
-        return grown
-
-    def _jump(self, index: int, node: Node, out: list[Instruction]) -> None:
-        block, sides, far = self.blocks[node], self.targets[node], self.far[node]
-        at = len(out) + 1
-        if block.jump is None:
-            if not self._falls_through(index, node):
-                out.append(stmt(cbpf.JMP | cbpf.JA, self._at(sides[0]) - at))
+    def _jump(self, node: Node) -> None:
+        jump, sides = self.blocks[node].jump, self.targets[node]
+        if jump is None:
+            if self._offset(sides[0]):
+                self._push(stmt(cbpf.JMP | cbpf.JA, self._offset(sides[0])))
             return
-        offsets = [far.index(side) if side in far else self._at(target) - at for side, target in enumerate(sides)]
-        out.append(block.jump._replace(jt=offsets[0], jf=offsets[1]))
-        for side in far:
-            target = sides[side]
-            if isinstance(target.successor, bool):
-                out.append(self.verdicts[target.successor])
-            else:
-                out.append(stmt(cbpf.JMP | cbpf.JA, self._at(target) - len(out) - 1))
+        hops: dict[_Target, int] = {}
+        while True:
+            offsets = [len(self.reversed) - hops[side] if side in hops else self._offset(side) for side in sides]
+            far = [side for side, offset in zip(sides, offsets, strict=True) if offset > 255]
+            if not far:
+                break
+            self._hop(far[0])
+            hops[far[0]] = len(self.reversed)
+        self._push(jump._replace(jt=offsets[0], jf=offsets[1]))
+
+    def _hop(self, target: _Target) -> None:
+        """An instruction that goes on to a far target; of a verdict, a copy, which what is written next can use too."""
+        if isinstance(target.successor, bool):
+            self._push(self.verdicts[target.successor])
+            self.to_end[target.successor] = len(self.reversed)
+        else:
+            self._push(stmt(cbpf.JMP | cbpf.JA, self._offset(target)))

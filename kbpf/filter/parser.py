@@ -184,7 +184,7 @@ class _Parser:
         if kind in _OPERANDS and frame.ids:
             if frame.qualifiers is None:
                 raise self._fail("a primitive: nothing before qualifies this")
-            return self._match(frame.qualifiers)
+            return _Id(self._match(frame.qualifiers).node)
         if not frame.terms:
             raise self._fail("an address, a number or a name")
         return self._primitive(frame, token)
@@ -419,8 +419,6 @@ class _Parser:
         if frame.head is not None:
             frame.qualifiers = frame.head
             is_id = False
-        elif isinstance(node, syntax.Match):
-            is_id = True
         if not frame.chain:
             frame.id_first = is_id
         frame.chain.append(syntax.Not(node) if frame.negated else node)

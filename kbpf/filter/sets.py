@@ -20,13 +20,11 @@ def member(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condi
 def masked(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condition:
     """Whether `word` under one of the masks is the address that goes with it; members are (address, mask)."""
     if len(members) <= CHAIN or not all(_is_prefix(mask) for _, mask in members):
-        return some(*(_masked(pool, word, address, mask) for address, mask in members))
+        return some(*(pool.test("eq", word, address, mask) for address, mask in members))
+    masks = {mask for _, mask in members}
+    if len(masks) == 1:
+        return _tree(pool, pool.op("and", word, pool.const(masks.pop())), _points(members))
     return _tree(pool, word, _united([(address, address | ~mask & M32) for address, mask in members]))
-
-
-def _masked(pool: Pool, word: Value, address: int, mask: int) -> Condition:
-    # With no mask at all any word will do; that it can be read is still asked.
-    return pool.test("eq", word, address, mask) if mask else pool.test("ge", word, 0)
 
 
 def within(pool: Pool, word: Value, low: int, high: int) -> Condition:
@@ -50,6 +48,10 @@ def _united(members: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             united.append((low, high))
     return united
+
+
+def _points(members: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(address, address) for address in sorted({address for address, _ in members})]
 
 
 def _tree(pool: Pool, word: Value, members: list[tuple[int, int]]) -> Condition:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _GENEVE_PORT, _VXLAN_PORT = 6081, 4789
 #: Extension headers that ``protochain`` walks through.
 CHAIN_LENGTH = 6
-_AH, _NO_NEXT = 51, 59
+_AH = 51
 _OPTIONS = (0, 60, 43, 44)
 
 
@@ -194,7 +194,5 @@ def _chain(lowering: Lowering, kind: Value, at: At, number: int, options: tuple[
     condition: Condition = pool.test("eq", kind, number)
     for kind, _ in reversed(levels):
         goes_on = some(*(pool.test("eq", kind, option) for option in (*options, _AH)))
-        condition = some(
-            pool.test("eq", kind, number), every(negated(pool.test("eq", kind, _NO_NEXT)), goes_on, condition)
-        )
+        condition = some(pool.test("eq", kind, number), every(goes_on, condition))
     return condition

@@ -252,7 +252,8 @@ class Pool:
             value, mask = value.left, mask & value.right.k
         if mask & _ones(value.top) == _ones(value.top):
             mask = M32
-        if value.kind == "const":
+        if value.kind == "const" or not mask:
+            # What a mask leaves nothing of need not be read.
             return _compare(relation, value.k & mask, k)
         key = (relation, value, mask, k)
         test = self._tests.get(key)
