@@ -179,7 +179,6 @@ def _prologue() -> list[Instruction]:
         Instruction(ebpf.JMP | ebpf.JNE | ebpf.K, 0, 0, len(leave), 0),
         *leave,
         Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, _COUNTERS, 0),
-        _field(_LENGTH, "len"),
     ]
 
 
@@ -187,7 +186,9 @@ def _stretch(filter: Filter, index: int) -> list[Instruction]:
     """One filter, and counting if it returned anything but 0; falls out at its end either way."""
     translated = translate.to_ebpf(filter.instructions)
     starts: list[int] = []
-    out: list[Instruction] = []
+    # The length is read again for each: what the verifier learned of it from one filter's comparisons would multiply
+    # the paths that it walks through the next.
+    out = [_field(_LENGTH, "len")]
     jumps: list[tuple[int, int]] = []
     for at, instruction in enumerate(translated):
         starts.append(len(out))

@@ -186,3 +186,10 @@ def test_a_capture_is_counted_by_wire_length_and_link_type() -> None:
         "dns": Count(2, 1000 + len(packet)),
         "any": Count(3, 1000 + len(packet) + 500),
     }
+
+
+@pytest.mark.requires("kernel")
+def test_the_verifier_takes_hundreds_of_expressions() -> None:
+    filters = [kbpf.compile(f"tcp and dst port {number} and host 10.0.0.{number % 256}") for number in range(1, 401)]
+    with kbpf.load_program(counting_program(filters), backend="kernel") as program:
+        assert program.verified
