@@ -7,13 +7,17 @@ difference is made small (`shrink`) and printed as a test that can be kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeAlias
 
-from kbpf.isa import cbpf
+from kbpf.backend import Backend, LoadRefused
+from kbpf.errors import EmulationFault
+from kbpf.isa import cbpf, ebpf
 from kbpf.testing import carriers, generate_classic, generate_packets, shrink
 from kbpf.testing.carriers import Carrier
+from kbpf.testing.generate_ebpf import EbpfCase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +98,143 @@ def classic_as_test(case: ClassicCase, name: str, truth: ClassicOutcome) -> str:
     kept = truth if isinstance(truth, int) else [None if data is None else len(data) for data in truth]
     lines += [f'    assert classic("{case.carrier}", program, packets) == {kept}']
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EbpfOutcome:
+    """What runs of a program gave, each (value, data, context) or an errno, and its maps afterwards.
+
+    A program that was refused has only `refused`, the errno, and what the verifier said.
+    """
+
+    runs: tuple[tuple[int, bytes, bytes] | int | str, ...] = ()
+    maps: tuple[dict[bytes, bytes], ...] = ()
+    refused: int = 0
+    log: str = ""
+
+
+#: Elements that one batch is asked for; more than generated maps hold.
+_ELEMENTS = 64
+_BY_DESCRIPTOR = {ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX_VALUE: ebpf.PSEUDO_MAP_VALUE}
+
+
+def run_ebpf(backend: Backend, case: EbpfCase) -> EbpfOutcome:
+    """Create the maps, load the program, run it over all of the case's packets, read the maps."""
+    spec = case.spec
+    with ExitStack() as stack:
+        maps = []
+        for wanted in spec.maps:
+            fd = backend.map_create(wanted)
+            stack.callback(backend.close, fd)
+            maps.append(fd)
+            for key, value in wanted.contents:
+                backend.map_update(fd, key, value)
+        if case.by_descriptor:
+            named = [
+                i._replace(src=_BY_DESCRIPTOR[i.src], imm=maps[i.imm])
+                if i.opcode == ebpf.LD_IMM64 and i.src in _BY_DESCRIPTOR
+                else i
+                for i in spec.instructions
+            ]
+            spec = replace(spec, instructions=tuple(named))
+        try:
+            program = backend.program_load(spec, maps)
+        except LoadRefused as error:
+            return EbpfOutcome(refused=error.errno or 0, log=error.log)
+        stack.callback(backend.close, program)
+        runs = tuple(_run(backend, program, data, context) for data, context in case.runs)
+        return EbpfOutcome(runs, tuple(_contents(backend, fd) for fd in maps))
+
+
+def _run(backend: Backend, program: int, data: bytes, context: bytes) -> tuple[int, bytes, bytes] | int | str:
+    try:
+        ran = backend.program_run(program, data, context)
+    except OSError as error:
+        return error.errno or 0
+    except EmulationFault as fault:
+        return str(fault)
+    return ran.value, ran.data, ran.context
+
+
+def _contents(backend: Backend, fd: int) -> dict[bytes, bytes]:
+    info = backend.map_info(fd)
+    size = info.value_size
+    if info.type.startswith("percpu"):
+        size = (size + 7) // 8 * 8 * backend.possible_cpus()
+    batch = backend.map_lookup_batch(fd, None, _ELEMENTS, info.key_size, size)
+    assert batch.token is None
+    keys, values = batch.keys, batch.values
+    return {
+        keys[n * info.key_size : (n + 1) * info.key_size]: values[n * size : (n + 1) * size] for n in range(batch.length)
+    }
+
+
+def shrink_ebpf(kernel: Backend, emulated: Backend, case: EbpfCase) -> EbpfCase:
+    """The smallest case that still differs."""
+
+    def fails(trial: EbpfCase) -> bool:
+        truth = run_ebpf(kernel, trial)
+        return not truth.refused and run_ebpf(emulated, trial) != truth
+
+    def program_fails(program: Sequence[ebpf.Instruction]) -> bool:
+        return fails(replace(case, spec=replace(case.spec, instructions=tuple(program))))
+
+    def with_program(program: Sequence[ebpf.Instruction]) -> EbpfCase:
+        return replace(case, spec=replace(case.spec, instructions=tuple(program)))
+
+    case = replace(case, runs=tuple(shrink.fewer(case.runs, lambda runs: fails(replace(case, runs=tuple(runs))))))
+    case = with_program(shrink.blank(case.spec.instructions, shrink.EBPF_NOP, program_fails, shrink.fills_stack))
+    case = with_program(shrink.drop(case.spec.instructions, shrink.without_ebpf, program_fails, shrink.fills_stack))
+    for index, (data, context) in enumerate(case.runs):
+
+        def run_fails(run: tuple[bytes, bytes], index: int = index) -> bool:
+            return fails(replace(case, runs=(*case.runs[:index], run, *case.runs[index + 1 :])))
+
+        if run_fails((data, b"")):
+            context = b""
+        small = shrink.shorter(data, lambda short, context=context: run_fails((short, context)))  # noqa: B023
+        case = replace(case, runs=(*case.runs[:index], (small, context), *case.runs[index + 1 :]))
+    return case
+
+
+def ebpf_as_test(case: EbpfCase, name: str) -> str:
+    """Source text of a test that compares both sides over the case."""
+    lines = [f"def test_{name}() -> None:", "    assert_same(", "        program=["]
+    lines += [
+        f"            ({opcode:#04x}, {dst}, {src}, {off}, {imm}),"
+        for opcode, dst, src, off, imm in case.spec.instructions
+    ]
+    lines += ["        ],", "        maps=["]
+    lines += [f"            {spec!r}," for spec in case.spec.maps]
+    lines += ["        ],", "        runs=["]
+    lines += [
+        f'            (bytes.fromhex("{data.hex()}"), bytes.fromhex("{context.hex()}")),' for data, context in case.runs
+    ]
+    lines += ["        ],", f"        by_descriptor={case.by_descriptor},", "    )"]
+    return "\n".join(lines)
+
+
+def differences(kernel: EbpfOutcome, emulated: EbpfOutcome) -> list[str]:
+    """What differs, a line each."""
+    if emulated.refused:
+        return [f"the emulator refuses it: errno {emulated.refused}, {emulated.log.strip()}"]
+    lines = []
+    for number, (truth, got) in enumerate(zip(kernel.runs, emulated.runs, strict=True)):
+        if isinstance(truth, tuple) and isinstance(got, tuple):
+            for name, a, b in zip(("value", "data", "context"), truth, got, strict=True):
+                if a != b:
+                    lines.append(f"run {number}: {name} is {_shown(a)}, emulated {_shown(b)}")
+        elif truth != got:
+            lines.append(f"run {number}: {_shown(truth)}, emulated {_shown(got)}")
+    for number, (contents, made) in enumerate(zip(kernel.maps, emulated.maps, strict=True)):
+        for key in sorted(contents.keys() | made.keys()):
+            a_value, b_value = contents.get(key), made.get(key)
+            if a_value != b_value:
+                lines.append(f"map {number}[{key.hex()}] is {_shown(a_value)}, emulated {_shown(b_value)}")
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:#x}"
+    return value.hex() if isinstance(value, bytes) else str(value)

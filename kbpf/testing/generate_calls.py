@@ -75,13 +75,15 @@ def lookup(code: Code) -> None:
     missing = code.label()
     code.jump(missing, ebpf.JMP | ebpf.JEQ | ebpf.K, keep)
     code.set(keep, pointer)
+    code.reserved.add(keep)
     for _ in range(rng.randrange(1, 4)):
-        use_value(code, keep)
+        _use_value(code, keep, pointer.size)
+    code.reserved.discard(keep)
     code.place(missing)
 
 
-def use_value(code: Code, register: int) -> None:
-    rng, size = code.rng, code.maps[code.now.registers[register].map].value_size  # type: ignore[union-attr]
+def _use_value(code: Code, register: int, size: int) -> None:
+    rng = code.rng
     off = rng.randrange(0, size - 7)
     dice = rng.random()
     dst = rng.choice([n for n in (1, 2, 3, 4, 5) if n not in code.reserved])

@@ -126,13 +126,11 @@ class Code:
         return self.rng.choice(_LONG) if dice < 0.6 else self.rng.getrandbits(64)
 
     def scalar(self) -> int:
-        """A register that holds a number; one is made if there is none."""
-        held = self.now.scalars()
-        if held:
-            return self.rng.choice(held)
-        register = self.target()
-        self.move(register, self.long())
-        return register
+        """A register that holds a number; one is made if there is none.
+
+        Not a loop's counter: what a comparison teaches the verifier of it, or of a copy, may keep the loop from ending.
+        """
+        return self.changeable()
 
     def target(self) -> int:
         """A register to write, rather not one that holds a pointer."""

@@ -248,7 +248,8 @@ class _Writer:
         counter = rng.choice(counters)
         kind = rng.choice((ebpf.ALU64, ebpf.ALU))
         jump = ebpf.JMP if kind == ebpf.ALU64 or rng.random() < 0.5 else ebpf.JMP32
-        form = rng.choice(("down", "up", "tested", "may_goto"))
+        # At a may_goto the verifier forgets what numbers are, those of an outer loop's counter too.
+        form = rng.choice(("down", "up", "tested", "may_goto") if not code.nesting else ("down", "up", "tested"))
         if form in ("tested", "may_goto") and rng.random() < 0.6:
             source = code.scalar()
             code.emit(kind | ebpf.MOV | ebpf.X, counter, source)
@@ -258,6 +259,12 @@ class _Writer:
         code.set(counter, SCALAR)
         head, out = code.label(), code.label()
         code.now.weaken()
+        if form == "may_goto":
+            # The verifier goes round until nothing new is learnt: what it knows of numbers must not be used inside.
+            for register in code.now.scalars():
+                if register != counter:
+                    code.set(register, None)
+            code.now.ready = 0
         code.place(head)
         begin = code.now.copy()
         if form == "tested":
@@ -272,6 +279,8 @@ class _Writer:
         code.nesting += 1
         self.turns *= turns
         ahead = code.ahead
+        if rng.random() < 0.5:
+            code.emit(rng.choice((ebpf.ALU, ebpf.ALU64)) | ebpf.ADD | ebpf.X, code.scalar(), counter)
         self._block(code, rng.randrange(1, 6), [out] if rng.random() < 0.2 else [])
         code.ahead = ahead
         self.turns //= turns

@@ -28,14 +28,21 @@ def _chunks(count: int) -> list[tuple[int, int]]:
         size //= 2
 
 
-def blank(program: Sequence[T], nop: T, fails: Callable[[Sequence[T]], bool]) -> list[T]:
-    """Replace by `nop` whatever the failure does not need."""
+def fills_stack(instruction: ebpf.Instruction) -> bool:
+    """Whether this may be what a later load from the stack relies on: without it, that load gives what nobody knows."""
+    return instruction.opcode & 7 in (ebpf.ST, ebpf.STX) and instruction.dst == ebpf.FP
+
+
+def blank(
+    program: Sequence[T], nop: T, fails: Callable[[Sequence[T]], bool], keep: Callable[[T], bool] = lambda _: False
+) -> list[T]:
+    """Replace by `nop` whatever the failure does not need, and may not be kept."""
     program = list(program)
     changed = True
     while changed:
         changed = False
         for start, end in _chunks(len(program)):
-            trial = program[:start] + [nop] * (end - start) + program[end:]
+            trial = program[:start] + [i if keep(i) else nop for i in program[start:end]] + program[end:]
             if trial != program and fails(trial):
                 program, changed = trial, True
     return program
@@ -104,11 +111,16 @@ def _over(pc: int, distance: int, index: int) -> int:
 
 
 def drop(
-    program: Sequence[T], without: Callable[[Sequence[T], int], list[T]], fails: Callable[[Sequence[T]], bool]
+    program: Sequence[T],
+    without: Callable[[Sequence[T], int], list[T]],
+    fails: Callable[[Sequence[T]], bool],
+    keep: Callable[[T], bool] = lambda _: False,
 ) -> list[T]:
     """Take out, one by one, the instructions that the failure does not need."""
     program = list(program)
     for index in reversed(range(len(program))):
+        if keep(program[index]):
+            continue
         trial = without(program, index)
         if trial and fails(trial):
             program = trial
