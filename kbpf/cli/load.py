@@ -34,6 +34,7 @@ def command(object: Path, interface: str, interval: float, duration: float | Non
             # Each has a socket of its own: a socket has one slot.
             socket = stack.enter_context(closing(kbpf.packet_socket(interface, backend=backend)))
             stack.enter_context(program.attach(socket))
+        elapsed = 0.0
         with until_interrupted(), redrawn() as draw:
             for elapsed in watch(interval, duration, None):
                 if as_json:
@@ -41,7 +42,7 @@ def command(object: Path, interface: str, interval: float, duration: float | Non
                 else:
                     draw(_tables(collection))
         if as_json:
-            click.echo(_as_json(collection, 0.0 if duration is None else duration, final=True))
+            click.echo(_as_json(collection, elapsed, final=True))
         else:
             show(_tables(collection))
 
