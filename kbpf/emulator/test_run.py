@@ -1,7 +1,7 @@
 """BPF_PROG_TEST_RUN for socket filters (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
 
 The data begin with an Ethernet header, which is taken off before the program runs: offset 0 is byte 14. The header is
-still there for loads relative to it, and all zeroes in the data that come out. The packet comes from the loopback device.
+still there for loads relative to it, and all zeroes in the data that come out. The packet's device is loopback.
 """
 
 from __future__ import annotations

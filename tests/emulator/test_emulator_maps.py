@@ -76,6 +76,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "percpu_array": HASHED,
     "hash": HASHED,
     "percpu_hash": HASHED,
+    "lru_hash": HASHED,
+    "lru_percpu_hash": HASHED,
+    "lpm_trie": {**HASHED, "key_size": 8, "flags": uapi.BPF_F_NO_PREALLOC},
+    "queue": {**HASHED, "key_size": 0},
+    "stack": {**HASHED, "key_size": 0},
 }
 
 
@@ -99,7 +104,7 @@ class Walk:
         self.spec = spec
         self.rng = rng
         cpus = kernel.backend.possible_cpus()
-        self.value_size = -(-spec.value_size // 8) * 8 * cpus if spec.type.startswith("percpu") else spec.value_size
+        self.value_size = -(-spec.value_size // 8) * 8 * cpus if "percpu" in spec.type else spec.value_size
 
     def both(self, command: str, *arguments: Any) -> Any:
         """The outcome of a command, the same on both sides."""
@@ -110,7 +115,12 @@ class Walk:
         assert outcomes[1] == outcomes[0], (command, arguments)
         return outcomes[0]
 
-    def key(self) -> bytes:
+    def key(self) -> bytes | None:
+        if not self.spec.key_size:
+            return None if self.rng.random() < 0.9 else b"\0"
+        if self.spec.type == "lpm_trie":
+            length = self.rng.choice((0, 1, 2, 3, 8, 16, 17))
+            return length.to_bytes(4, "little") + self.rng.choice((b"\0\0", b"\x40\x01", b"\x80\0", b"\xc0\xff"))
         return self.rng.randrange(8).to_bytes(self.spec.key_size, "little")
 
     def value(self) -> bytes:
@@ -131,12 +141,14 @@ class Walk:
             self.both("map_lookup_and_delete", self.key(), self.value_size, self.rng.choice((0, 0, 0, 1, 4)))
         elif kind == 6:
             count = self.rng.randrange(4)
-            keys = b"".join(self.key() for _ in range(count))
+            keys = b"".join(self.key() or b"" for _ in range(count))
             values = b"".join(self.value() for _ in range(count))
             self.both("map_update_batch", keys, values, count, self.rng.choice((0, 0, 0, 1)))
         elif kind == 7:
             count = self.rng.randrange(3)
-            self.both("map_delete_batch", b"".join(self.key() for _ in range(count)), count, self.rng.choice((0, 0, 1)))
+            self.both(
+                "map_delete_batch", b"".join(self.key() or b"" for _ in range(count)), count, self.rng.choice((0, 0, 1))
+            )
         elif kind == 8:
             self.everything(self.rng.random() < 0.2)
         else:
@@ -179,6 +191,12 @@ WALKS = [
     MapSpec(type="hash", key_size=4, value_size=8, max_entries=5),
     MapSpec(type="hash", key_size=1, value_size=1, max_entries=5, flags=uapi.BPF_F_NO_PREALLOC),
     MapSpec(type="percpu_hash", key_size=7, value_size=5, max_entries=5),
+    # Room for all keys of the walk: which one a full map drops is open.
+    MapSpec(type="lru_hash", key_size=4, value_size=8, max_entries=64),
+    MapSpec(type="lru_percpu_hash", key_size=4, value_size=8, max_entries=64),
+    MapSpec(type="lpm_trie", key_size=6, value_size=8, max_entries=5, flags=uapi.BPF_F_NO_PREALLOC),
+    MapSpec(type="queue", value_size=8, max_entries=3),
+    MapSpec(type="stack", value_size=8, max_entries=3),
     *(MapSpec(type=t, key_size=4, value_size=8, max_entries=5, flags=uapi.BPF_F_RDONLY) for t in ("array", "hash")),
     *(MapSpec(type=t, key_size=4, value_size=8, max_entries=5, flags=uapi.BPF_F_WRONLY) for t in ("array", "hash")),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.base import Map
@@ -51,9 +53,44 @@ def map_lookup_percpu_elem(run: Run, map: int, key: int, cpu: int, *_: int) -> i
     return address and address + ((cpu & 0xFFFFFFFF) - environment.cpu) * found.slot_size
 
 
+def map_push_elem(run: Run, map: int, value: int, flags: int, *_: int) -> int:
+    found = map_at(run, map)
+    found.check_program_writes()
+    try:
+        found.push(run.read(value, found.value_size), flags)
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+def map_pop_elem(run: Run, map: int, value: int, *_: int) -> int:
+    found = map_at(run, map)
+    found.check_program_writes()
+    return _out(run, found, value, found.pop)
+
+
+def map_peek_elem(run: Run, map: int, value: int, *_: int) -> int:
+    found = map_at(run, map)
+    return _out(run, found, value, found.peek)
+
+
+def _out(run: Run, found: Map, value: int, take: Callable[[], bytes]) -> int:
+    """Hand out a value, or zeroes where there is none."""
+    run.check_writable(value, found.value_size)
+    try:
+        run.write(value, take())
+    except OSError as error:
+        run.write(value, bytes(found.value_size))
+        return -(error.errno or 0)
+    return 0
+
+
 HELPERS: dict[str, HelperFunction] = {
     "map_lookup_elem": map_lookup_elem,
     "map_update_elem": map_update_elem,
     "map_delete_elem": map_delete_elem,
+    "map_push_elem": map_push_elem,
+    "map_pop_elem": map_pop_elem,
+    "map_peek_elem": map_peek_elem,
     "map_lookup_percpu_elem": map_lookup_percpu_elem,
 }

@@ -7,10 +7,15 @@ import errno
 from kbpf.emulator.maps.array import Array, PerCpuArray
 from kbpf.emulator.maps.base import Map, refused
 from kbpf.emulator.maps.hash import Hash, PerCpuHash
+from kbpf.emulator.maps.lpm import LpmTrie
+from kbpf.emulator.maps.lru import LruHash, PerCpuLruHash
+from kbpf.emulator.maps.queue import Queue, Stack
 from kbpf.specs import MapSpec
 from kbpf.uapi.enums import MAP_TYPES
 
-KINDS: dict[str, type[Map]] = {kind.type: kind for kind in (Array, PerCpuArray, Hash, PerCpuHash)}
+KINDS: dict[str, type[Map]] = {
+    kind.type: kind for kind in (Array, PerCpuArray, Hash, PerCpuHash, LruHash, PerCpuLruHash, LpmTrie, Queue, Stack)
+}
 
 
 def create(spec: MapSpec, inner: Map | None = None) -> Map:
