@@ -11,7 +11,7 @@ from typing import NamedTuple
 from kbpf.errors import FilterError
 from kbpf.filter.graph import Node, Successor, in_order
 from kbpf.filter.layout import Block, lay_out
-from kbpf.filter.values import M32, Pool, Value
+from kbpf.filter.values import COMMUTATIVE, M32, Pool, Value
 from kbpf.isa import cbpf
 from kbpf.isa.cbpf import Instruction, jump, stmt
 
@@ -140,46 +140,69 @@ class _Emitter:
         return code.steps
 
     def _into_a(self, code: _Code, value: Value) -> None:
-        # Operators whose right side is a constant are applied after what is left of them.
+        # From the value down its left sides to one that is at hand or a leaf, then back up.
         pending: list[Value] = []
-        while True:
-            if code.state.a is value:
-                break
-            if value in code.state.kept:
-                code.add(stmt(cbpf.LD | cbpf.MEM, self.slots[value]), a=value, reads_kept=value)
-                break
-            if value.kind == "neg" or (value.right is not None and value.right.kind == "const"):
-                assert value.left is not None
-                pending.append(value)
-                value = value.left
-                continue
-            if value.kind == "const":
-                code.add(stmt(cbpf.LD | cbpf.IMM, value.k), a=value)
-            elif value.kind == "len":
-                code.add(stmt(cbpf.LD | cbpf.LEN), a=value)
-            elif value.kind == "load":
-                self._load(code, value)
-            else:
-                assert value.left is not None and value.right is not None
-                self._both(code, value.left, value.right)
-                code.add(stmt(cbpf.ALU | _ALU[value.kind] | cbpf.X), a=value, reads_a=True, reads_x=True)
-                self._keep(code, value)
-            break
+        while code.state.a is not value and value not in code.state.kept and value.left is not None:
+            right = value.right
+            if value.kind == "load":
+                if self._cheap_x(code, value.left):
+                    break
+            elif (
+                right is not None and right.kind != "const" and not self._cheap_x(code, right) and not value.left.uses_x
+            ):
+                self._into_x(code, right)
+            pending.append(value)
+            value = value.left
+        self._leaf(code, value)
         for value in reversed(pending):
-            if value.kind == "neg":
-                code.add(stmt(cbpf.ALU | cbpf.NEG), a=value, reads_a=True)
-            else:
-                assert value.right is not None
-                code.add(stmt(cbpf.ALU | _ALU[value.kind] | cbpf.K, value.right.k), a=value, reads_a=True)
+            self._apply(code, value)
             self._keep(code, value)
 
-    def _load(self, code: _Code, value: Value) -> None:
-        if value.left is None:
+    def _leaf(self, code: _Code, value: Value) -> None:
+        if code.state.a is value:
+            return
+        if value in code.state.kept:
+            code.add(stmt(cbpf.LD | cbpf.MEM, self.slots[value]), a=value, reads_kept=value)
+        elif value.kind == "const":
+            code.add(stmt(cbpf.LD | cbpf.IMM, value.k), a=value)
+        elif value.kind == "len":
+            code.add(stmt(cbpf.LD | cbpf.LEN), a=value)
+        elif value.left is None:
             code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.ABS, value.k), a=value)
         else:
             self._into_x(code, value.left)
             code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.IND, value.k), a=value, reads_x=True)
-        self._keep(code, value)
+            self._keep(code, value)
+
+    def _apply(self, code: _Code, value: Value) -> None:
+        """The instructions for `value` when A holds its left side."""
+        left, right = value.left, value.right
+        assert left is not None
+        if value.kind == "load":
+            code.add(stmt(cbpf.MISC | cbpf.TAX), x=left, reads_a=True)
+            code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.IND, value.k), a=value, reads_x=True)
+            return
+        if value.kind == "neg":
+            code.add(stmt(cbpf.ALU | cbpf.NEG), a=value, reads_a=True)
+            return
+        assert right is not None
+        operation = cbpf.ALU | _ALU[value.kind]
+        if right.kind == "const":
+            code.add(stmt(operation | cbpf.K, right.k), a=value, reads_a=True)
+            return
+        if self._cheap_x(code, right):
+            self._into_x(code, right)
+        else:
+            slot = self._scratch()
+            code.add(stmt(cbpf.ST, slot), reads_a=True)
+            self._into_a(code, right)
+            if value.kind in COMMUTATIVE:
+                code.add(stmt(cbpf.LDX | cbpf.MEM, slot), x=left, internal=True)
+            else:
+                code.add(stmt(cbpf.MISC | cbpf.TAX), x=right, reads_a=True)
+                code.add(stmt(cbpf.LD | cbpf.MEM, slot), a=left, internal=True)
+            self.busy -= 1
+        code.add(stmt(operation | cbpf.X), a=value, reads_a=True, reads_x=True)
 
     def _keep(self, code: _Code, value: Value) -> None:
         """Store a costly value that is wanted again."""

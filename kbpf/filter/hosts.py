@@ -205,7 +205,7 @@ def gateway(lowering: Lowering, term: syntax.Match) -> Condition:
 
 def _decnet(lowering: Lowering, term: syntax.Match) -> Condition:
     """DECnet data packets, with long or short headers and up to one byte of padding before them."""
-    operand, headers, pool = term.operand, lowering.headers, lowering.pool
+    operand, headers = term.operand, lowering.headers
     parts = operand.text.split(".") if isinstance(operand, syntax.Ipv4) and operand.prefix is None else []
     if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
         raise lowering.fail("DECnet addresses have the form area.node", term.position)

@@ -16,7 +16,8 @@ M32 = 0xFFFFFFFF
 #: Deepest arithmetic to the right of an operator: each level may hold a scratch word.
 MAX_RIGHT = 64
 
-_COMMUTATIVE = frozenset(("add", "mul", "and", "or", "xor"))
+#: Operators whose sides may be exchanged.
+COMMUTATIVE = frozenset(("add", "mul", "and", "or", "xor"))
 
 
 class Value:
@@ -226,7 +227,7 @@ class Pool:
             if kind == "and" and left.kind == "and" and left.right is not None and left.right.kind == "const":
                 assert left.left is not None
                 return self.op("and", left.left, self.const(left.right.k & right.k))
-        elif left.kind == "const" and kind in _COMMUTATIVE:
+        elif left.kind == "const" and kind in COMMUTATIVE:
             return self.op(kind, right, left)
         return self._value(kind, left, right)
 

@@ -1,0 +1,324 @@
+"""How a program reaches the packet: one way for each kind of program and layout.
+
+R6 is the context. A load leaves its word in R0, in host order; R1 to R5 are lost. A load outside the packet goes to
+`REJECT`. What a way needs at the start of the program it writes in `prologue`, what happens seldom in `epilogue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from kbpf.errors import FilterError
+from kbpf.filter.ebpf.code import WIDTHS, Code
+from kbpf.isa import cbpf, ebpf
+from kbpf.isa.ebpf import FP, Instruction, signed32
+from kbpf.isa.translate import context_field
+from kbpf.specs import Layout
+from kbpf.uapi.structs import STRUCTS
+
+ACCEPT, REJECT = "accept", "reject"
+CTX = 6
+#: The packet's length, where the expression asks for it.
+LENGTH = 9
+
+# BPF_HDR_START_MAC of enum bpf_hdr_start_off (linux/bpf.h).
+_FROM_MAC = 0
+_ETHERNET = 14
+#: A packet pointer reaches no further (MAX_PACKET_OFF of the verifier).
+_MOST_OFFSET = 0xFFFF
+
+
+class Access(Protocol):
+    """What the emitter asks of a way to reach the packet."""
+
+    #: Whether a load at a constant offset is cheaper made again than kept.
+    cheap: bool
+
+    def prologue(self, code: Code, extent: int, length: bool) -> None:
+        """`extent` is where the last load at a constant offset ends; `length`: leave the packet's length in R9."""
+        ...
+
+    def epilogue(self, code: Code) -> None: ...
+
+    def constant(self, code: Code, k: int, size: int, checked: int) -> int:
+        """Load at an offset; `checked` bytes are known to be there before, and what is returned after."""
+        ...
+
+    def variable(self, code: Code, k: int, size: int) -> None:
+        """Load at R0 + `k`, a 32-bit sum."""
+        ...
+
+
+def access(target: str, layout: Layout) -> Access:
+    """The way for a type of program. Raises `FilterError` for a layout that the type does not have."""
+    if target == "socket_filter":
+        return Headers() if layout.start == "link" and layout.dlt == 1 else Absolute()
+    return Direct(target)
+
+
+class Absolute:
+    """LD_ABS and LD_IND, which a socket filter has as classic ones do: outside the packet they end it with 0."""
+
+    cheap = False
+
+    def prologue(self, code: Code, extent: int, length: bool) -> None:
+        code.move(CTX, 1)
+        if length:
+            code.load(4, LENGTH, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
+
+    def epilogue(self, code: Code) -> None:
+        pass
+
+    def constant(self, code: Code, k: int, size: int, checked: int) -> int:
+        code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k)))
+        return checked
+
+    def variable(self, code: Code, k: int, size: int) -> None:
+        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 0, 0, signed32(k)))
+
+
+class Headers:
+    """The first bytes of a frame, copied to the stack by one call; the rest by LD_IND or a call each.
+
+    Offsets count from the link header, wherever the data starts: on a packet socket with it, under BPF_PROG_TEST_RUN
+    behind it. bpf_skb_load_bytes_relative() (Linux 4.18) sees to that, but reaches only linear data; what it does not
+    find is looked for from the start of the data, which is right because only packets of packet sockets are not linear.
+    """
+
+    cheap = True
+    # Copying more than a cache line costs several times as much.
+    _MOST = 64
+    # How many of the frame's bytes are on the stack.
+    _LIMIT = 7
+
+    def __init__(self) -> None:
+        self._copied = self._at = self._buffer = self._offset = 0
+        self._late: list[Callable[[], None]] = []
+
+    def prologue(self, code: Code, extent: int, length: bool) -> None:
+        self._buffer, self._offset = code.reserve(4, 4), code.reserve(4, 4)
+        code.move(CTX, 1)
+        self._copied = min(extent, self._MOST)
+        if length:
+            self._length(code)
+        if self._copied:
+            self._copy(code)
+        else:
+            code.constant(self._LIMIT, 0)
+
+    def _length(self, code: Code) -> None:
+        """If there is a byte behind the data, counted from the link header, the data starts behind the header."""
+        code.load(4, LENGTH, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
+        code.move(2, LENGTH)
+        self._call(code, 1, "skb_load_bytes_relative")
+        code.jump(ebpf.JNE, 0, 0, "length")
+        code.alu(ebpf.ADD, LENGTH, _ETHERNET)
+        code.label("length")
+
+    def _copy(self, code: Code) -> None:
+        # Fields of the network header, at 14 and on, are to be aligned to 4.
+        size = (self._copied + 2 + 7) // 8 * 8
+        bottom = code.reserve(size)
+        self._at = bottom + 2
+        for off in range(bottom, bottom + size, 8):
+            code.store_constant(8, off, 0)
+        self._size(code, _ETHERNET)
+        code.constant(2, 0)
+        code.address(3, self._at)
+        code.constant(5, _FROM_MAC)
+        code.move(1, CTX)
+        code.call("skb_load_bytes_relative")
+        code.jump(ebpf.JEQ, 0, 0, "copied")
+        # Short, or not linear.
+        self._size(code, 0)
+        code.jump(ebpf.JEQ, self._LIMIT, 0, "copied")
+        code.constant(2, 0)
+        code.address(3, self._at)
+        code.move(1, CTX)
+        code.call("skb_load_bytes")
+        code.jump(ebpf.JEQ, 0, 0, "copied")
+        code.constant(self._LIMIT, 0)
+        code.label("copied")
+
+    def _size(self, code: Code, more: int) -> None:
+        """How much to copy, for the helper and as the limit."""
+        code.load(4, 4, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
+        if more:
+            code.add_to(4, more)
+        code.jump(ebpf.JLE, 4, self._copied, ("size", more), wide=True)
+        code.constant(4, self._copied)
+        code.label(("size", more))
+        code.move(self._LIMIT, 4)
+
+    def _call(self, code: Code, size: int, helper: str) -> None:
+        """Load what is at R2."""
+        code.address(3, self._buffer)
+        code.constant(4, size)
+        code.constant(5, _FROM_MAC)
+        code.move(1, CTX)
+        code.call(helper)
+
+    def constant(self, code: Code, k: int, size: int, checked: int) -> int:
+        end = k + size
+        if k >= cbpf.LL_OFF:
+            code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k)))
+            return checked
+        if end > self._copied:
+            code.constant(2, k)
+            self._far(code, size)
+            return checked
+        if end > checked:
+            code.jump(ebpf.JLT, self._LIMIT, end, REJECT)
+        self._from_stack(code, self._at + k, size)
+        return max(end, checked)
+
+    def _from_stack(self, code: Code, at: int, size: int) -> None:
+        """The stack is read at aligned offsets only."""
+        step = next(step for step in (4, 2, 1) if step <= size and at % step == 0)
+        code.load(step, 0, FP, at)
+        code.network_order(0, step)
+        for off in range(step, size, step):
+            code.alu(ebpf.LSH, 0, 8 * step)
+            code.load(step, 1, FP, at + off)
+            code.network_order(1, step)
+            code.alu_register(ebpf.OR, 0, 1)
+
+    def variable(self, code: Code, k: int, size: int) -> None:
+        code.alu_register(ebpf.MOV, 2, 0)
+        if k:
+            code.alu(ebpf.ADD, 2, k)
+        self._far(code, size)
+
+    def _far(self, code: Code, size: int) -> None:
+        """Load at R2: within the limit it cannot fail."""
+        miss, back = object(), object()
+        code.move(1, 2)
+        code.add_to(1, size)
+        code.jump_register(ebpf.JGT, 1, self._LIMIT, miss, wide=True)
+        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 2, 0, signed32(cbpf.LL_OFF)))
+        code.label(back)
+
+        def late() -> None:
+            found = object()
+            code.label(miss)
+            code.store(4, self._offset, 2)
+            self._call(code, size, "skb_load_bytes_relative")
+            code.jump(ebpf.JEQ, 0, 0, found)
+            code.load(4, 2, FP, self._offset)
+            self._call(code, size, "skb_load_bytes")
+            code.jump(ebpf.JNE, 0, 0, REJECT)
+            code.label(found)
+            code.load(size, 0, FP, self._buffer)
+            code.network_order(0, size)
+            code.goto(back)
+
+        self._late.append(late)
+
+    def epilogue(self, code: Code) -> None:
+        for late in self._late:
+            late()
+
+
+class Direct:
+    """Pointers into the packet: R7 to its start, R8 to its end. Linux 4.7 for sched_cls, 4.8 for xdp.
+
+    In sched_cls they span only the linear part; what is behind it is loaded by bpf_skb_load_bytes().
+    """
+
+    cheap = True
+    _DATA, _END = 7, 8
+
+    def __init__(self, target: str) -> None:
+        self._skb = target == "sched_cls"
+        self._context = STRUCTS["__sk_buff" if self._skb else "xdp_md"].fields
+        self._buffer = 0
+        self._late: list[Callable[[], None]] = []
+
+    def prologue(self, code: Code, extent: int, length: bool) -> None:
+        self._buffer = code.reserve(4, 4)
+        code.move(CTX, 1)
+        code.load(4, self._DATA, CTX, self._context["data"].offset)
+        code.load(4, self._END, CTX, self._context["data_end"].offset)
+        if length and self._skb:
+            code.load(4, LENGTH, CTX, self._context["len"].offset)
+        elif length:
+            code.call("xdp_get_buff_len")
+            code.move(LENGTH, 0)
+
+    def constant(self, code: Code, k: int, size: int, checked: int) -> int:
+        end = k + size
+        if end > 0x7FFF:
+            code.constant(2, k)
+            self._at_register(code, size)
+            return checked
+        if end <= checked:
+            code.load(size, 0, self._DATA, k)
+            code.network_order(0, size)
+            return checked
+        miss = self._miss(code, size, k)
+        code.move(1, self._DATA)
+        code.add_to(1, end)
+        code.jump_register(ebpf.JGT, 1, self._END, miss, wide=True)
+        code.load(size, 0, self._DATA, k)
+        self._arrive(code, miss, size)
+        # Behind a load that was made by the helper nothing is known of the pointers.
+        return checked if self._skb else end
+
+    def variable(self, code: Code, k: int, size: int) -> None:
+        code.alu_register(ebpf.MOV, 2, 0)
+        if k:
+            code.alu(ebpf.ADD, 2, k)
+        self._at_register(code, size)
+
+    def _at_register(self, code: Code, size: int) -> None:
+        miss = self._miss(code, size, None)
+        code.jump(ebpf.JGT, 2, _MOST_OFFSET - size, miss, wide=True)
+        code.move(1, self._DATA)
+        code.add(Instruction(ebpf.ALU64 | ebpf.ADD | ebpf.X, 1, 2))
+        code.move(3, 1)
+        code.add_to(3, size)
+        code.jump_register(ebpf.JGT, 3, self._END, miss, wide=True)
+        code.load(size, 0, 1, 0)
+        self._arrive(code, miss, size)
+
+    def _miss(self, code: Code, size: int, k: int | None) -> object:
+        """Where a load goes that is not in the linear part: at offset `k`, or at R2."""
+        if not self._skb:
+            return REJECT
+        miss = object()
+
+        def late() -> None:
+            code.label(miss)
+            if k is not None:
+                code.constant(2, k)
+            code.address(3, self._buffer)
+            code.constant(4, size)
+            code.move(1, CTX)
+            code.call("skb_load_bytes")
+            code.jump(ebpf.JNE, 0, 0, REJECT)
+            code.load(size, 0, FP, self._buffer)
+            code.goto(("back", miss))
+
+        self._late.append(late)
+        return miss
+
+    def _arrive(self, code: Code, miss: object, size: int) -> None:
+        if self._skb:
+            code.label(("back", miss))
+        code.network_order(0, size)
+
+    def epilogue(self, code: Code) -> None:
+        for late in self._late:
+            late()
+
+
+def metadata(code: Code, k: int, target: str) -> None:
+    """An ancillary word of a classic filter into R0. Raises `FilterError` for what the context does not hold."""
+    offset = k - cbpf.AD_OFF
+    if offset not in cbpf.ANCILLARY or target == "xdp":
+        raise FilterError(f"{'an XDP' if target == 'xdp' else 'an eBPF'} program has no metadata at {k:#x}")
+    for instruction in context_field(offset):
+        code.add(instruction)
+    if cbpf.ANCILLARY[offset].name == "ifindex":
+        code.jump(ebpf.JEQ, 0, 0, REJECT)
