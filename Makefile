@@ -6,7 +6,9 @@ BIN := .venv/bin
 # Editable by a plain path entry: the default finder takes 15 ms at every start of Python.
 INSTALL := $(BIN)/pip install --quiet --config-settings editable_mode=compat --editable
 
-TEST_PACKAGES := clang llvm libbpf-dev python3-bpfcc linux-headers-amd64 tcpdump libpcap0.8 iproute2 bpftool
+# tcpdump brings libpcap, under the name that it has in this release.
+TEST_PACKAGES := clang llvm libbpf-dev python3-bpfcc linux-headers-$(shell dpkg --print-architecture 2>/dev/null) \
+	tcpdump iproute2 bpftool
 
 .PHONY: demo test lint format objects fuzz bench clean
 
