@@ -14,8 +14,8 @@ def parse_numbers(text: str) -> tuple[Instruction, ...]:
     """Read instructions from text.
 
     Either C initialisers (``{ 0x28, 0, 0, 0x0000000c },``), or a count and then ``code jt jf k`` for each, separated
-    by line ends or commas (``4,48 0 0 9,...``). Numbers are decimal, or hexadecimal after ``0x``. Raises `FilterError` naming what
-    cannot be read.
+    by line ends or commas (``4,48 0 0 9,...``). Numbers are decimal, or hexadecimal after ``0x``. Raises
+    `FilterError` naming what cannot be read.
     """
     groups = _BRACES.findall(text)
     if groups:

@@ -13,7 +13,7 @@ import click
 
 from kbpf.errors import FilterError, FilterSyntaxError, KbpfError
 
-_COMMANDS = ("compile", "count", "doctor", "load", "map")
+_COMMANDS = ("compile", "count", "doctor", "explain", "load", "map")
 
 
 class _Lazy(click.Group):

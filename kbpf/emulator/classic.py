@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.dissect import payload_offset
 from kbpf.emulator.environment import environment
-from kbpf.emulator.interpreter import BUDGET, AncillaryFunction, Run, link
+from kbpf.emulator.interpreter import BUDGET, AncillaryFunction, Code, Run, link
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.semantics import State
+from kbpf.emulator.semantics import State, Step
 from kbpf.isa import cbpf
-from kbpf.isa.translate import REG_A, REG_X, to_ebpf
+from kbpf.isa.translate import REG_A, REG_X, starts, to_ebpf
 
 _ATTRIBUTE = struct.Struct("=HH")
 #: NLA_TYPE_MASK (linux/netlink.h): the upper two bits of a type are flags.
@@ -91,6 +91,7 @@ class ClassicProgram:
     ) -> None:
         self.network = network
         self.mac = mac
+        self._instructions = instructions
         self._code = link(to_ebpf(instructions), ancillary=ANCILLARY_LOADS)
 
     def run(self, data: bytes, length: int) -> int:
@@ -100,6 +101,15 @@ class ClassicProgram:
     def run_packet(self, packet: Packet) -> int:
         """The filter's return value for a packet with all its metadata."""
         return Run(self, self._code, packet, packet.data).execute()
+
+    def path(self, packet: Packet) -> tuple[int, tuple[int, ...]]:
+        """The return value, and the indices of the instructions that ran, in order."""
+        taken: list[int] = []
+        steps = list(self._code.steps)
+        for pc, at in enumerate(starts(self._instructions)):
+            steps[at] = _recorded(steps[at], pc, taken)
+        code = Code(steps, self._code.functions, self._code.frames)
+        return Run(self, code, packet, packet.data).execute(), tuple(taken)
 
     def packet(self, data: bytes, length: int) -> Packet:
         protocol = 0
@@ -111,3 +121,11 @@ class ClassicProgram:
 
     def context(self, packet: Packet) -> SkBuff:
         return SkBuff(packet)
+
+
+def _recorded(step: Step, pc: int, taken: list[int]) -> Step:
+    def recorded(r: State) -> int:
+        taken.append(pc)
+        return step(r)
+
+    return recorded

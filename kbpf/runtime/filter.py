@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
 from kbpf.specs import FILE_LAYOUTS, FilterSpec, Layout
 
 if TYPE_CHECKING:
+    from kbpf.emulator.packet import Packet
     from kbpf.emulator.program import ClassicProgram
+    from kbpf.filter.explain import Explanation
 
 # Where the network header starts in what a filter for this layout is given; transport layouts are given it too.
 _NETWORK = {"NULL": 4, "EN10MB": 14, "RAW": 0, "LINUX_SLL": 16, "LINUX_SLL2": 20}
 _NETWORK |= {"packet": 14, "packet_ethernet": 14, "packet_ip": 0, "packet_dgram": 0, "raw4": 0}
+
+
+class Path(NamedTuple):
+    """The way of one packet: the bytes kept, 0 for none, and the indices of the instructions that ran."""
+
+    kept: int
+    instructions: tuple[int, ...]
 
 
 class Filter:
@@ -62,48 +71,54 @@ class Filter:
         That is the smaller of return value and `wirelen`, 0 for none.
 
         `packet` starts with the link header of the filter's link type. For the sockets that hand a filter only what
-        follows the IP header (UDP, TCP, ping, raw IPv6) it starts with the IP header, for UNIX and netlink sockets
-        with the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all
-        there is. Raises `FilterError` if the filter is invalid.
+        follows the IP header (UDP, TCP, ping, raw IPv6) it starts with the IP header, for UNIX and netlink sockets with
+        the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all there is.
+        Raises `FilterError` if the filter is invalid.
         """
         if wirelen is None:
             wirelen = len(packet)
-        if self._emulated is None:
-            self._emulated = self._prepare()
+        program = self._emulated or self._prepare()
         if self.layout.live:
-            return self._run_live(bytes(packet), wirelen)
-        kept = self._emulated.run(bytes(packet), wirelen)
+            prepared = self._packet(bytes(packet), wirelen)
+            return min(program.run_packet(prepared), prepared.length)
+        kept = program.run(bytes(packet), wirelen)
         return kept if kept < wirelen else wirelen
+
+    def path(self, packet: bytes, wirelen: int | None = None) -> Path:
+        """Run over one packet as `run` does, and tell which instructions ran."""
+        prepared = self._packet(bytes(packet), len(packet) if wirelen is None else wirelen)
+        value, instructions = (self._emulated or self._prepare()).path(prepared)
+        return Path(min(value, prepared.length), instructions)
+
+    def explain(self) -> Explanation:
+        """What the filter asks, in words; see `kbpf.filter.explain`. Raises `FilterError` if the filter is invalid."""
+        from kbpf.filter.explain import explain
+
+        return explain(self.instructions, self.layout)
 
     def _prepare(self) -> ClassicProgram:
         from kbpf.emulator.program import ClassicProgram
 
         self.check()
-        return ClassicProgram(self.instructions, network=_NETWORK.get(self.layout.name))
+        self._emulated = ClassicProgram(self.instructions, network=_NETWORK.get(self.layout.name))
+        return self._emulated
 
-    def _run_live(self, data: bytes, wirelen: int) -> int:
+    def _packet(self, data: bytes, wirelen: int) -> Packet:
+        """The packet as a socket of this layout would hand it to the filter."""
         from kbpf.emulator.packet import Packet
 
         layout, offset = self.layout, 0
-        network: int | None = _NETWORK.get(layout.name, 0)
+        network: int | None = _NETWORK.get(layout.name, 0 if layout.live else None)
         if layout.start == "transport" and data:
             offset = min(len(data), (data[0] & 15) * 4 if data[0] >> 4 == 4 else 40)
         protocol = 0
         if network == 14 and len(data) >= 14:
             protocol = struct.unpack_from("!H", data, 12)[0]
-        elif layout.network and data:
-            protocol = {4: 0x0800, 6: 0x86DD}.get(data[0] >> 4, 0)
-        length = wirelen - offset
-        packet = Packet(
-            buffer=data,
-            offset=offset,
-            mac=0 if network == 14 else None,
-            network=network,
-            length=length,
-            protocol=protocol,
-        )
-        assert self._emulated is not None
-        return min(self._emulated.run_packet(packet), length)
+        elif layout.network and network is not None and len(data) > network:
+            protocol = {4: 0x0800, 6: 0x86DD}.get(data[network] >> 4, 0)
+        mac = 0 if network == 14 else None
+        length = max(wirelen - offset, 0)
+        return Packet(buffer=data, offset=offset, mac=mac, network=network, length=length, protocol=protocol)
 
     def __len__(self) -> int:
         return len(self.instructions)

@@ -6,7 +6,9 @@ import pytest
 
 import kbpf
 from kbpf.filter.explain import explain
+from kbpf.isa.cbpf import Instruction
 from kbpf.specs import FILE_LAYOUTS, SOCKET_LAYOUTS
+from kbpf.testing.generate_classic import generate
 
 
 def decisions(expression, link="EN10MB"):
@@ -65,15 +67,13 @@ def test_what_nothing_reaches_has_no_remark():
 
 def test_an_invalid_filter_is_refused():
     with pytest.raises(kbpf.FilterError, match="last instruction must return"):
-        explain([(0, 0, 0, 0)], FILE_LAYOUTS["EN10MB"])
+        explain([Instruction(0, 0, 0, 0)], FILE_LAYOUTS["EN10MB"])
 
 
 def test_every_accepted_filter_is_explained_whatever_it_does():
-    from kbpf.testing.generate_classic import ClassicGenerator
-
-    generator = ClassicGenerator(random.Random(7))
+    rng = random.Random(7)
     for _ in range(300):
-        filter = kbpf.Filter(generator.program())
+        filter = kbpf.Filter(generate(rng))
         explained = filter.explain()
         assert len(explained.remarks) == len(filter)
         assert explained.decisions()
