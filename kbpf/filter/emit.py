@@ -302,12 +302,14 @@ _INTERNAL = Value("internal")
 def _entry(steps: list[_Step], state: _State, jump_reads_x: bool) -> int:
     """The last instruction at which an edge with `state` may come in."""
     entry = 0
-    needs_a, needs_x, internal = True, jump_reads_x, False
+    needs_a, needs_x = True, jump_reads_x
+    # Scratch words that are written within the block itself.
+    scratch: set[int] = set()
     needs_kept: set[Value | None] = set()
     for index in range(len(steps) - 1, -1, -1):
         step = steps[index]
-        if step.instruction.code in (cbpf.ST, cbpf.STX) and internal:
-            internal = False
+        if step.instruction.code == cbpf.ST:
+            scratch.discard(step.instruction.k)
         if step.after.a is not step.before.a:
             needs_a = False
         if step.after.x is not step.before.x:
@@ -316,11 +318,11 @@ def _entry(steps: list[_Step], state: _State, jump_reads_x: bool) -> int:
         needs_a = needs_a or step.reads_a
         needs_x = needs_x or step.reads_x
         if step.reads_kept is _INTERNAL:
-            internal = True
+            scratch.add(step.instruction.k)
         elif step.reads_kept is not None:
             needs_kept.add(step.reads_kept)
         if (
-            not internal
+            not scratch
             and (not needs_a or (step.before.a is not None and state.a is step.before.a))
             and (not needs_x or (step.before.x is not None and state.x is step.before.x))
             and needs_kept <= state.kept
