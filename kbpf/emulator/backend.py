@@ -85,9 +85,7 @@ class EmulatorBackend:
     # Maps.
 
     def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
-        template = None if inner is None else self.map(inner)
-        created = maps.create(spec, template)
-        return self._open(MapFile(created, spec.flags))
+        return self._open(MapFile(maps.create(spec, self.program), spec.flags))
 
     def map_info(self, fd: int) -> MapInfo:
         found = self.map(fd)

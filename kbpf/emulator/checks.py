@@ -10,13 +10,13 @@ import errno
 from collections.abc import Iterator, Sequence
 
 from kbpf.backend import LoadRefused
+from kbpf.emulator.interpreter import TAIL_CALL_HELPER
 from kbpf.emulator.semantics import factory, variant
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 
 #: BPF_COMPLEXITY_LIMIT_INSNS: the longest program that a privileged process may load.
 MOST_INSTRUCTIONS = 1_000_000
-TAIL_CALL = 12
 
 _CALL, _EXIT = ebpf.JMP | ebpf.CALL, ebpf.JMP | ebpf.EXIT
 _JUMPS = (ebpf.JMP | ebpf.JA, ebpf.JMP32 | ebpf.JA)
@@ -209,7 +209,7 @@ def _check_depth(instructions: Sequence[Instruction], starts: Sequence[int]) -> 
     for start, end in zip(starts, ends, strict=True):
         body = [(pc, instructions[pc]) for pc in range(start, end)]
         calls[start] = {pc + 1 + i.imm for pc, i in body if _is_call(i)}
-        if start and any(i.opcode == _CALL and not i.src and i.imm == TAIL_CALL for _, i in body):
+        if start and any(i.opcode == _CALL and not i.src and i.imm == TAIL_CALL_HELPER for _, i in body):
             raise invalid("tail_call is only allowed in functions that return 'int'")
     level = {0}
     for _ in range(ebpf.MAX_CALL_FRAMES):

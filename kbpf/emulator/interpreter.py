@@ -25,6 +25,9 @@ BUDGET = 1 << 24
 CONTEXT_ADDRESS = CONTEXT << 32
 FIRST_FRAME = STACK << 32 | ebpf.STACK_SIZE
 
+#: bpf_tail_call's id: a call that does not come back.
+TAIL_CALL_HELPER = 12
+
 # What a step returns instead of an index.
 ENDED, TAIL_CALL = -1, -2
 
@@ -196,13 +199,15 @@ def link(
     instructions: Sequence[Instruction],
     constants: Mapping[int, int] | None = None,
     helpers: Mapping[int, HelperFunction] | None = None,
+    tail_target: Callable[[Run, int, int], Code | None] | None = None,
     ancillary: Mapping[int, AncillaryFunction] | None = None,
 ) -> Code:
     """Bind the instructions of a checked program.
 
     `constants` are the values of 64-bit immediate loads that refer to something, by index; `helpers` the functions that
-    calls reach, by id; `ancillary` what classic absolute loads reach by offset (classic programs only).
-    Instructions must exist and jumps must stay in the program: `checks.check` has seen to that.
+    calls reach, by id; `tail_target` finds the program that bpf_tail_call's map and index name; `ancillary` is what
+    classic absolute loads reach by offset (classic programs only). Instructions must exist and jumps must stay in the
+    program: `checks.check` has seen to that.
     """
     constants, helpers = constants or {}, helpers or {}
     functions = frozenset(
@@ -221,7 +226,12 @@ def link(
         elif opcode == ebpf.JMP | ebpf.EXIT:
             steps.append(_exit if functions else _end)
         elif opcode == ebpf.JMP | ebpf.CALL:
-            steps.append(_call(pc + 1, pc + 1 + imm) if src == ebpf.PSEUDO_CALL else _helper(helpers[imm], pc + 1))
+            if src == ebpf.PSEUDO_CALL:
+                steps.append(_call(pc + 1, pc + 1 + imm))
+            elif imm == TAIL_CALL_HELPER and tail_target is not None:
+                steps.append(_tail_call(tail_target, pc + 1))
+            else:
+                steps.append(_helper(helpers[imm], pc + 1))
         elif ancillary and opcode & 0xE7 == ebpf.LD | ebpf.ABS and imm & M32 >= cbpf.AD_OFF:
             steps.append(_ancillary(ancillary[(imm & M32) - cbpf.AD_OFF], pc + 1, end))
         elif opcode == 0:
@@ -290,12 +300,10 @@ def _ancillary(function: AncillaryFunction, next: int, end: int) -> Step:
     return step
 
 
-def tail_call(read: Callable[[Run, int, int], Code | None], next: int) -> Step:
-    """The step of bpf_tail_call: `read` finds the program that R2 and R3 name."""
-
+def _tail_call(target: Callable[[Run, int, int], Code | None], next: int) -> Step:
     def step(r: State) -> int:
         run: Run = r[RUN]
-        code = read(run, r[2], r[3] & M32)
+        code = target(run, r[2], r[3] & M32)
         return TAIL_CALL if code is not None and run.tail_call(code) else next
 
     return step

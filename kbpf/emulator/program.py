@@ -17,6 +17,7 @@ from kbpf.emulator import checks, helpers
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
+from kbpf.emulator.helpers.maps import tail_target
 from kbpf.emulator.interpreter import BUDGET, Code, Run, link
 from kbpf.emulator.maps.array import Array
 from kbpf.emulator.maps.base import Map, object_name
@@ -63,7 +64,7 @@ class Program:
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
                 helpers.check(imm, spec.type, self.gpl_compatible)
-        self.code: Code = link(spec.instructions, constants, helpers.FUNCTIONS)
+        self.code: Code = link(spec.instructions, constants, helpers.FUNCTIONS, tail_target)
         self.tag = _tag(spec)
         self.id = next(_ids)
         PROGRAMS[self.id] = self

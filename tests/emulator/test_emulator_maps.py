@@ -79,6 +79,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "lru_hash": HASHED,
     "lru_percpu_hash": HASHED,
     "lpm_trie": {**HASHED, "key_size": 8, "flags": uapi.BPF_F_NO_PREALLOC},
+    "prog_array": {**HASHED, "value_size": 4},
     "queue": {**HASHED, "key_size": 0},
     "stack": {**HASHED, "key_size": 0},
 }
@@ -195,6 +196,7 @@ WALKS = [
     MapSpec(type="lru_hash", key_size=4, value_size=8, max_entries=64),
     MapSpec(type="lru_percpu_hash", key_size=4, value_size=8, max_entries=64),
     MapSpec(type="lpm_trie", key_size=6, value_size=8, max_entries=5, flags=uapi.BPF_F_NO_PREALLOC),
+    MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=5),
     MapSpec(type="queue", value_size=8, max_entries=3),
     MapSpec(type="stack", value_size=8, max_entries=3),
     *(MapSpec(type=t, key_size=4, value_size=8, max_entries=5, flags=uapi.BPF_F_RDONLY) for t in ("array", "hash")),

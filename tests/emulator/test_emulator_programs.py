@@ -351,3 +351,25 @@ def test_the_tag_is_the_kernels(kernel: Side, emulator: Side) -> None:
         side.backend.close(program)
         side.backend.close(fd)
     assert tags[0] == tags[1]
+
+
+@pytest.mark.parametrize("index", (0, 1, 9, 1 << 32))
+def test_a_program_may_tail_call_itself_33_times(kernel: Side, emulator: Side, index: int) -> None:
+    increment = (
+        I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 1, CB),
+        I(ebpf.ALU64 | ebpf.ADD, 2, 0, 0, 1),
+        I(ebpf.STX | ebpf.MEM | ebpf.W, 1, 2, CB),
+    )
+    outcomes = []
+    for side in (kernel, emulator):
+        fd = side.backend.map_create(MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=2))
+        call = (*ld_imm64(2, fd, ebpf.PSEUDO_MAP_FD), *ld_imm64(3, index), I(CALL, 0, 0, 0, 12))
+        body = (*increment, *call, I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 9), EXIT)
+        program = side.backend.program_load(ProgramSpec(instructions=body), [])
+        side.backend.map_update(fd, bytes(4), struct.pack("=I", program))
+        outcomes.append(side.backend.program_run(program, FRAME, bytes(192))[::2])
+        side.backend.map_delete(fd, bytes(4))
+        side.backend.close(program)
+        side.backend.close(fd)
+    assert outcomes[1] == outcomes[0]
+    assert outcomes[0][1][CB] == (34 if index in (0, 1 << 32) else 1)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 
-from kbpf.emulator.checks import TAIL_CALL, invalid
+from kbpf.emulator.checks import invalid
 from kbpf.emulator.helpers import maps, packet, system
-from kbpf.emulator.interpreter import HelperFunction
+from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
 from kbpf.uapi.enums import HELPERS
 
 
@@ -50,5 +50,5 @@ def check(helper: int, program_type: str, gpl: bool) -> None:
         raise invalid(f"program of this type cannot use helper {name}")
     if helper in GPL_ONLY and not gpl:
         raise invalid("cannot call GPL-restricted function from non-GPL compatible program")
-    if helper not in FUNCTIONS and helper != TAIL_CALL:
+    if helper not in FUNCTIONS and helper != TAIL_CALL_HELPER:
         raise invalid(f"the emulator does not have the helper {name} yet", errno.EOPNOTSUPP)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
-from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.interpreter import Code, HelperFunction, Run
 from kbpf.emulator.maps.base import Map
+from kbpf.emulator.maps.prog_array import ProgArray
 from kbpf.errors import EmulationFault
 
 
@@ -83,6 +84,14 @@ def _out(run: Run, found: Map, value: int, take: Callable[[], bytes]) -> int:
         run.write(value, bytes(found.value_size))
         return -(error.errno or 0)
     return 0
+
+
+def tail_target(run: Run, map: int, index: int) -> Code | None:
+    """What bpf_tail_call goes on with."""
+    found = map_at(run, map)
+    if not isinstance(found, ProgArray):
+        raise EmulationFault(f"a tail call into a {found.type} map")
+    return found.code_at(index)
 
 
 HELPERS: dict[str, HelperFunction] = {

@@ -11,7 +11,8 @@ import errno
 import itertools
 import mmap
 import weakref
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from kbpf.emulator.environment import environment
@@ -52,7 +53,9 @@ class Map:
     #: Queues and stacks have no keys.
     keyless: ClassVar[bool] = False
 
-    def __init__(self, spec: MapSpec, inner: Map | None = None) -> None:
+    def __init__(self, spec: MapSpec, programs: Callable[[int], Any]) -> None:
+        """`programs` gives the program behind a descriptor, for maps that take such as values."""
+        self.programs = programs
         if spec.map_extra and spec.type != "bloom_filter":
             raise refused(errno.EINVAL)
         if spec.flags & uapi.BPF_F_RDONLY and spec.flags & uapi.BPF_F_WRONLY:
