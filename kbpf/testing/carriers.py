@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from kbpf.emulator.classic import ClassicProgram
 from kbpf.emulator.network import Network
@@ -39,6 +39,9 @@ _ROOM = 1 << 16
 _TUNSETIFF, _TUNSETIFINDEX = 0x400454CA, 0x400454DA
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
 _UDP_HEADER = 8
+
+
+Prepare: TypeAlias = "Callable[[tuple[cbpf.Instruction, ...]], ClassicProgram]"
 
 
 class Carrier(Protocol):
@@ -114,12 +117,13 @@ def kernel(names: tuple[str, ...] = NAMES) -> Iterator[dict[str, Carrier]]:
 class _EmulatedCarrier:
     """Runs the filter over the packet that `packet_of` makes; a reader gets what is kept behind `header` bytes."""
 
-    def __init__(self, packet_of: Callable[[bytes], Packet], header: int = 0) -> None:
+    def __init__(self, prepare: Prepare, packet_of: Callable[[bytes], Packet], header: int = 0) -> None:
+        self._prepare = prepare
         self._packet_of = packet_of
         self._header = header
 
     def attach(self, program: bytes) -> None:
-        self._program = ClassicProgram(cbpf.decode(program))
+        self._program = self._prepare(cbpf.decode(program))
 
     def deliver(self, packet: bytes) -> bytes | None:
         seen = self._packet_of(packet)
@@ -139,7 +143,8 @@ class _TapNetwork(Network):
 class _EmulatedTap:
     """A packet socket on an emulated network."""
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, prepare: Prepare, kind: int) -> None:
+        self._prepare = prepare
         self._network = _TapNetwork()
         tap = self._network.add_interface("tap0", address=TAP_MAC)
         assert tap.index == TAP_INDEX
@@ -147,7 +152,7 @@ class _EmulatedTap:
         self._receiver.setblocking(False)
 
     def attach(self, program: bytes) -> None:
-        self._receiver.slot.attach(ClassicProgram(cbpf.decode(program)), program)
+        self._receiver.slot.attach(self._prepare(cbpf.decode(program)), program)
 
     def deliver(self, packet: bytes) -> bytes | None:
         self._network.inject("tap0", packet)
@@ -171,11 +176,11 @@ def _datagram(frame: bytes) -> Packet:
     )
 
 
-def emulated() -> dict[str, Carrier]:
-    """The emulator's carriers."""
+def emulated(prepare: Prepare = ClassicProgram) -> dict[str, Carrier]:
+    """The emulator's carriers; `prepare` makes a program of instructions."""
     return {
-        "unix": _EmulatedCarrier(lambda data: Packet(buffer=data, network=0)),
-        "packet": _EmulatedTap(socket.SOCK_RAW),
-        "packet_dgram": _EmulatedTap(socket.SOCK_DGRAM),
-        "udp": _EmulatedCarrier(_datagram, _UDP_HEADER),
+        "unix": _EmulatedCarrier(prepare, lambda data: Packet(buffer=data, network=0)),
+        "packet": _EmulatedTap(prepare, socket.SOCK_RAW),
+        "packet_dgram": _EmulatedTap(prepare, socket.SOCK_DGRAM),
+        "udp": _EmulatedCarrier(prepare, _datagram, _UDP_HEADER),
     }

@@ -6,7 +6,8 @@ difference is made small (`shrink`) and printed as a test that can be kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from random import Random
@@ -118,8 +119,11 @@ _ELEMENTS = 64
 _BY_DESCRIPTOR = {ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX_VALUE: ebpf.PSEUDO_MAP_VALUE}
 
 
-def run_ebpf(backend: Backend, case: EbpfCase) -> EbpfOutcome:
-    """Create the maps, load the program, run it over all of the case's packets, read the maps."""
+def run_ebpf(backend: Backend, case: EbpfCase, loaded: Callable[[int], object] | None = None) -> EbpfOutcome:
+    """Create the maps, load the program, run it over all of the case's packets, read the maps.
+
+    `loaded` is called with the program's descriptor before the runs.
+    """
     spec = case.spec
     with ExitStack() as stack:
         maps = []
@@ -142,8 +146,16 @@ def run_ebpf(backend: Backend, case: EbpfCase) -> EbpfOutcome:
         except LoadRefused as error:
             return EbpfOutcome(refused=error.errno or 0, log=error.log)
         stack.callback(backend.close, program)
+        if loaded is not None:
+            loaded(program)
         runs = tuple(_run(backend, program, data, context) for data, context in case.runs)
         return EbpfOutcome(runs, tuple(_contents(backend, fd) for fd in maps))
+
+
+def last_words(log: str) -> str:
+    """What the verifier refused a program for, without numbers."""
+    lines = [line for line in log.splitlines() if line and not line.startswith(("processed ", "verification time", "  "))]
+    return re.sub(r"-?\d+", "N", lines[-1]) if lines else ""
 
 
 def _run(backend: Backend, program: int, data: bytes, context: bytes) -> tuple[int, bytes, bytes] | int | str:

@@ -31,6 +31,8 @@ CONDITIONS = (
 _WORDS_SHOWN = 20
 RESULTS = MapSpec(type="array", key_size=4, value_size=8 * _WORDS_SHOWN, max_entries=1)
 _WINDOW = 32
+#: The types of the other maps.
+MAP_TYPES = ("array", "hash", "percpu_array", "percpu_hash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def run(rng: Random) -> tuple[bytes, bytes]:
 
 
 def _map(rng: Random) -> MapSpec:
-    kind = rng.choice(("array", "array", "hash", "hash", "percpu_array", "percpu_hash"))
+    kind = rng.choice(("array", "hash", *MAP_TYPES))
     value_size = rng.choice((8, 16, 24, 48))
     entries = rng.choice((1, 4)) if kind == "array" else rng.choice((3, 6))
     key_size = 4 if "array" in kind else rng.choice((4, 4, 8, 12))
