@@ -1,7 +1,8 @@
 """pcap-filter(7) expressions to classic BPF, for captures and for live sockets.
 
-The stages: `lexer` and `parser` make the typed tree (`syntax`); `lower` gives it its meaning on a layout, as conditions over
-packet words (`values`); `graph` makes the flow graph of them; `optimize` threads it; `emit` writes instructions.
+The stages: `lexer` and `parser` make the typed tree (`syntax`); `lower` gives it its meaning on a layout, as
+conditions over packet words (`values`); `graph` makes the flow graph of them; `optimize` threads it; `emit` and
+`layout` write instructions.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ def compile_filter(
     """Compile an expression for packets that start as `layout` says.
 
     The filter returns `snaplen` for packets that match and 0 for others. ``order="libpcap"`` gives the listing that
-    tcpdump's users know; the default tests what traffic mostly is first. `names` says where host, service and protocol names
-    are looked up; `netmask` is the interface's, as ``ip broadcast`` needs it.
+    tcpdump's users know; the default tests what traffic mostly is first. `names` says where host, service and protocol
+    names are looked up; `netmask` is the interface's, as ``ip broadcast`` needs it.
 
-    What can never match compiles to the single instruction ``ret #0``. Raises `kbpf.FilterSyntaxError` for text that does
-    not parse, and `kbpf.FilterError` for what cannot be answered on this layout. The language is libpcap 1.11's.
+    A packet that ends before a byte that is asked for is rejected, where libpcap's unoptimised code would reject it
+    (``order="libpcap"``: its optimised code, which reads the words of lists in another order). Words that a mask leaves
+    nothing of are not read. What can never match compiles to the single instruction ``ret #0``.
+
+    Raises `kbpf.FilterSyntaxError` for text that does not parse, and `kbpf.FilterError` for what cannot be answered on
+    this layout. The language is libpcap 1.11's; ``protochain`` looks through six extension headers.
     """
     tree = parse(expression)
     pool = Pool()

@@ -96,7 +96,7 @@ def jumps_if_not(test: Test) -> bool:
 
 
 def in_order(root: Successor) -> list[Node]:
-    """The nodes so that each stands before its successors; what follows a jump that is taken stands nearer than the rest."""
+    """The nodes, each before its successors; what follows a jump that is taken stands nearer than the rest."""
     order: list[Node] = []
     if isinstance(root, bool):
         return order

@@ -15,8 +15,8 @@ from kbpf.isa.cbpf import Instruction, stmt
 class Block(NamedTuple):
     """A node's code; without a jump both its edges go to one place.
 
-    `entries` says at which instruction each edge (source, outcome) comes in; `outcomes` which outcome of the test the jump's
-    true and false sides are.
+    `entries` says at which instruction each edge (source, outcome) comes in; `outcomes` which outcome of the test the
+    jump's true and false sides are.
     """
 
     code: list[Instruction]

@@ -14,58 +14,93 @@ from typing import NamedTuple
 
 from kbpf.errors import FilterSyntaxError
 
+
+def _words(kind: str, text: str) -> dict[str, str]:
+    """Words of one kind; without a kind each is its own."""
+    return {word: kind or word for word in text.split()}
+
+
 #: Words of the language by what the parser takes them for. The value is the token's kind.
 KEYWORDS: dict[str, str] = {
-    **{word: word for word in "src dst host net mask port portrange proto protochain gateway type subtype".split()},
-    **{
-        word: word for word in "ra ta less greater byte broadcast multicast and or not inbound outbound ifindex".split()
-    },
-    **{word: word for word in "vlan mpls pppoed pppoes geneve vxlan llc".split()},
-    "direction": "dir",
-    "dir": "dir",
+    **_words("", "src dst host net mask port portrange proto protochain gateway type subtype dir ra ta"),
+    **_words("", "less greater byte broadcast multicast and or not inbound outbound ifindex"),
+    **_words("", "vlan mpls pppoed pppoes geneve vxlan llc len"),
     **{f"{long}{n}": f"addr{n}" for long in ("address", "addr") for n in (1, 2, 3, 4)},
+    "direction": "dir",
+    "length": "len",
     "&&": "and",
     "||": "or",
     "!": "not",
-    "len": "len",
-    "length": "len",
-    # Protocols; the token's value is the protocol's one name.
-    **{word: "protocol" for word in "ip ip6 arp rarp sctp tcp udp icmp icmp6 igmp igrp pim vrrp carp ah esp".split()},
-    **{word: "protocol" for word in "atalk aarp decnet lat sca moprc mopdl iso esis es-is isis is-is clnp".split()},
-    **{word: "protocol" for word in "l1 l2 iih lsp snp csnp psnp stp ipx netbeui radio".split()},
-    **{word: "protocol" for word in "link ether ppp slip fddi tr wlan".split()},
+    # Protocols; the token's text is the protocol's one name.
+    **_words("protocol", "ip ip6 arp rarp sctp tcp udp icmp icmp6 igmp igrp pim vrrp carp ah esp"),
+    **_words("protocol", "atalk aarp decnet lat sca moprc mopdl iso esis es-is isis is-is clnp"),
+    **_words("protocol", "l1 l2 iih lsp snp csnp psnp stp ipx netbeui radio"),
+    **_words("protocol", "link ether ppp slip fddi tr wlan"),
     # Words of link types that kbpf has no captures of.
-    **{word: "pflog" for word in "on ifname rset ruleset rnr rulenum srnr subrulenum reason action".split()},
-    **{word: "atm" for word in "lane metac bcc oam oamf4 oamf4ec oamf4sc sc ilmic vpi vci".split()},
-    **{word: "atm" for word in ("connectmsg", "metaconnect")},
-    **{word: "ss7" for word in "fisu lssu lsu msu hfisu hlssu hmsu sio opc dpc sls hsio hopc hdpc hsls".split()},
+    **_words("pflog", "on ifname rset ruleset rnr rulenum srnr subrulenum reason action"),
+    **_words("atm", "lane metac bcc oam oamf4 oamf4ec oamf4sc sc ilmic vpi vci connectmsg metaconnect"),
+    **_words("ss7", "fisu lssu lsu msu hfisu hlssu hmsu sio opc dpc sls hsio hopc hdpc hsls"),
 }
 
 #: Protocol words that mean another.
 PROTOCOL_ALIASES: dict[str, str] = {
-    **{word: "link" for word in ("ether", "ppp", "slip", "fddi", "tr", "wlan")},
+    **dict.fromkeys(("ether", "ppp", "slip", "fddi", "tr", "wlan"), "link"),
     "es-is": "esis",
     "is-is": "isis",
 }
 
 #: Words that stand for numbers: offsets, ICMP types and TCP flags.
 NUMBERS: dict[str, int] = {
-    **{"icmptype": 0, "icmpcode": 1, "icmp6type": 0, "icmp6code": 1, "tcpflags": 13},
-    **{f"tcp-{name}": 1 << bit for bit, name in enumerate("fin syn rst push ack urg ece cwr".split())},
-    **{"icmp-echoreply": 0, "icmp-unreach": 3, "icmp-sourcequench": 4, "icmp-redirect": 5, "icmp-echo": 8},
-    **{"icmp-routeradvert": 9, "icmp-routersolicit": 10, "icmp-timxceed": 11, "icmp-paramprob": 12},
-    **{"icmp-tstamp": 13, "icmp-tstampreply": 14, "icmp-ireq": 15, "icmp-ireqreply": 16},
-    **{"icmp-maskreq": 17, "icmp-maskreply": 18},
-    **{"icmp6-destinationunreach": 1, "icmp6-packettoobig": 2, "icmp6-timeexceeded": 3, "icmp6-parameterproblem": 4},
-    **{"icmp6-echo": 128, "icmp6-echoreply": 129, "icmp6-multicastlistenerquery": 130},
-    **{"icmp6-multicastlistenerreportv1": 131, "icmp6-multicastlistenerdone": 132, "icmp6-routersolicit": 133},
-    **{"icmp6-routeradvert": 134, "icmp6-neighborsolicit": 135, "icmp6-neighboradvert": 136, "icmp6-redirect": 137},
-    **{"icmp6-routerrenum": 138, "icmp6-nodeinformationquery": 139, "icmp6-nodeinformationresponse": 140},
-    **{"icmp6-ineighbordiscoverysolicit": 141, "icmp6-ineighbordiscoveryadvert": 142},
-    **{"icmp6-multicastlistenerreportv2": 143, "icmp6-homeagentdiscoveryrequest": 144},
-    **{"icmp6-homeagentdiscoveryreply": 145, "icmp6-mobileprefixsolicit": 146, "icmp6-mobileprefixadvert": 147},
-    **{"icmp6-certpathsolicit": 148, "icmp6-certpathadvert": 149, "icmp6-multicastrouteradvert": 151},
-    **{"icmp6-multicastroutersolicit": 152, "icmp6-multicastrouterterm": 153},
+    "icmptype": 0,
+    "icmpcode": 1,
+    "icmp6type": 0,
+    "icmp6code": 1,
+    "tcpflags": 13,
+    **{f"tcp-{name}": 1 << bit for bit, name in enumerate(["fin", "syn", "rst", "push", "ack", "urg", "ece", "cwr"])},
+    "icmp-echoreply": 0,
+    "icmp-unreach": 3,
+    "icmp-sourcequench": 4,
+    "icmp-redirect": 5,
+    "icmp-echo": 8,
+    "icmp-routeradvert": 9,
+    "icmp-routersolicit": 10,
+    "icmp-timxceed": 11,
+    "icmp-paramprob": 12,
+    "icmp-tstamp": 13,
+    "icmp-tstampreply": 14,
+    "icmp-ireq": 15,
+    "icmp-ireqreply": 16,
+    "icmp-maskreq": 17,
+    "icmp-maskreply": 18,
+    "icmp6-destinationunreach": 1,
+    "icmp6-packettoobig": 2,
+    "icmp6-timeexceeded": 3,
+    "icmp6-parameterproblem": 4,
+    "icmp6-echo": 128,
+    "icmp6-echoreply": 129,
+    "icmp6-multicastlistenerquery": 130,
+    "icmp6-multicastlistenerreportv1": 131,
+    "icmp6-multicastlistenerdone": 132,
+    "icmp6-routersolicit": 133,
+    "icmp6-routeradvert": 134,
+    "icmp6-neighborsolicit": 135,
+    "icmp6-neighboradvert": 136,
+    "icmp6-redirect": 137,
+    "icmp6-routerrenum": 138,
+    "icmp6-nodeinformationquery": 139,
+    "icmp6-nodeinformationresponse": 140,
+    "icmp6-ineighbordiscoverysolicit": 141,
+    "icmp6-ineighbordiscoveryadvert": 142,
+    "icmp6-multicastlistenerreportv2": 143,
+    "icmp6-homeagentdiscoveryrequest": 144,
+    "icmp6-homeagentdiscoveryreply": 145,
+    "icmp6-mobileprefixsolicit": 146,
+    "icmp6-mobileprefixadvert": 147,
+    "icmp6-certpathsolicit": 148,
+    "icmp6-certpathadvert": 149,
+    "icmp6-multicastrouteradvert": 151,
+    "icmp6-multicastroutersolicit": 152,
+    "icmp6-multicastrouterterm": 153,
 }
 
 _BYTE = "[0-9A-Fa-f]{1,2}"

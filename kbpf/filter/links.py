@@ -332,8 +332,10 @@ class Headers:
         self.network = self.network_after_llc = 0
 
     def into_tunnel(self, name: str, start: Value, length: Value | int, type_offset: int | None) -> None:
-        """Behind a UDP tunnel's header of `length` bytes at `start`, with the EtherType of what is inside at `type_offset`,
-        or always Ethernet (None)."""
+        """Behind a UDP tunnel's header of `length` bytes at `start`.
+
+        The EtherType of what is inside is at `type_offset`; None: it is always Ethernet.
+        """
         pool = self.pool
         size = pool.const(length) if isinstance(length, int) else length
         inner = pool.op("add", start, size)

@@ -103,7 +103,7 @@ class Lowering:
         return FilterSyntaxError(message, self.expression, position)
 
     def _grouped(self, node: syntax.Every | syntax.Some) -> syntax.Expression:
-        """Alternatives (or negated conjuncts) that stand side by side and ask the same of different operands, as one."""
+        """Alternatives (or negated conjuncts) side by side that ask the same of different operands, as one."""
         opposite = isinstance(node, syntax.Every)
         terms: list[syntax.Expression] = []
         run: list[syntax.Match] = []
@@ -163,7 +163,7 @@ class Lowering:
             return every(source(members), destination(members))
         if len(members) == 1 or self.order == "libpcap":
             return some(source(members), destination(members))
-        # A packet may end before the destination: only the first member is looked for in the source before that is read.
+        # A packet may end before the destination: only the first member is looked for in the source before that.
         return some(source(members[:1]), destination(members), source(members[1:]))
 
     def primitive(self, term: syntax.Primitive) -> Condition:

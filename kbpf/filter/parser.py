@@ -16,13 +16,13 @@ from kbpf.filter import syntax
 from kbpf.filter.lexer import Token, tokens
 from kbpf.filter.syntax import Qualifiers
 
-_DIRECTIONS = frozenset("src dst addr1 addr2 addr3 addr4 ra ta".split())
-_TYPES = frozenset("host net port portrange".split())
-_LATER_TYPES = frozenset("proto protochain gateway".split())
+_DIRECTIONS = frozenset(["src", "dst", "addr1", "addr2", "addr3", "addr4", "ra", "ta"])
+_TYPES = frozenset(["host", "net", "port", "portrange"])
+_LATER_TYPES = frozenset(["proto", "protochain", "gateway"])
 _HEADS = _DIRECTIONS | _TYPES | _LATER_TYPES
-_WIRELESS = frozenset("type subtype dir".split())
-_OPERANDS = frozenset("name ipv4 ipv6 mac arcnet".split())
-_RELATIONS = frozenset("= != < <= > >=".split())
+_WIRELESS = frozenset(["type", "subtype", "dir"])
+_OPERANDS = frozenset(["name", "ipv4", "ipv6", "mac", "arcnet"])
+_RELATIONS = frozenset(["=", "!=", "<", "<=", ">", ">="])
 _PRECEDENCE = {"|": 1, "&": 2, "<<": 3, ">>": 3, "+": 4, "-": 4, "*": 5, "/": 5, "neg": 6}
 # These two have no precedence: the parser always goes on reading.
 _GREEDY = frozenset("%^")
@@ -365,7 +365,7 @@ class _Parser:
         else:
             if frame.arithmetic_only:
                 raise self._fail("arithmetic", frame.opener)
-            self._term(frame, value.node, isinstance(value, _Id) or frame.head is not None and not frame.terms)
+            self._term(frame, value.node, isinstance(value, _Id) or (frame.head is not None and not frame.terms))
         if kind in ("and", "or"):
             self._connect(frame, kind)
             return False

@@ -1,4 +1,4 @@
-"""Membership of a word in a set of addresses, networks, ports or ranges: a chain of tests, or a balanced tree of them."""
+"""Membership of a word in a set of addresses, networks or ports: a chain of tests, or a balanced tree of them."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def vlan(lowering: Lowering, term: syntax.Special) -> Condition:
     metadata = headers.layout.live and not headers.vlans and not headers.tunnel
     if headers.link == "METADATA" and metadata:
         headers.vlans += 1
-        present = pool.test("eq", pool.load(None, AD_OFF + 48, 4), 1)
-        return present if number is None else every(present, _tag(lowering, number))
+        tagged = pool.test("eq", pool.load(None, AD_OFF + 48, 4), 1)
+        return tagged if number is None else every(tagged, _tag(lowering, number))
     headers.require('"vlan"', "EN10MB", "IEEE802_11", "IEEE802_11_RADIO")
     tagged = some(*(headers.carries(kind) for kind in VLAN_TYPES))
     inside = True if number is None else headers.network_test(0, 2, number, 0x0FFF)
@@ -115,7 +115,7 @@ def _tunnel_start(lowering: Lowering) -> Value:
     """Where the header after UDP is, in IPv4 or IPv6, without a branch: by the version in the first nibble."""
     headers, pool = lowering.headers, lowering.pool
     first = headers.network_word(0, 1)
-    # Bit 5 is set in 6x and not in 4x: 32 for IPv6, so that 40 = 32 + 32 >> 2, and the length of an IPv4 header counts only in 4x.
+    # Bit 5 of the first byte is set in 6x and not in 4x.
     six = pool.op("rsh", pool.op("and", first, pool.const(0x20)), pool.const(5))
     four_length = pool.op("lsh", pool.op("and", first, pool.const(0xF)), pool.const(2))
     length = pool.op(
@@ -174,25 +174,22 @@ def protochain(lowering: Lowering, number: int, protocol: str) -> Condition:
 
 
 def _chain(lowering: Lowering, kind: Value, at: At, number: int, options: tuple[int, ...]) -> Condition:
+    """`kind` is the protocol of the header `at`, or one of those behind it is `number`."""
     pool, headers = lowering.pool, lowering.headers
-    levels: list[tuple[Value, At]] = []
-    # Each level's header starts where the one before says it ends: 8 bytes a unit, in AH 4.
-    base = headers.payload._replace(k=headers.payload.k + headers.network)
-    offset = pool.const(at.k - base.k) if at.base is None else at.base
+    kinds: list[Value] = []
     for _ in range(CHAIN_LENGTH if options else CHAIN_LENGTH // 3):
-        levels.append((kind, At(base.k, offset)))
-        units = pool.load(offset, base.k + 1, 1)
-        is_ah = pool.op("rsh", pool.op("sub", pool.op("xor", kind, pool.const(_AH)), pool.const(1)), pool.const(31))
+        kinds.append(kind)
+        # A header's second byte says how much longer than 8 bytes it is, in units of 8; in AH, of 4.
+        units = headers.load(at, 1, 1)
+        shift = pool.const(2)
         if options:
-            # (units + 1) * 8, in AH (units + 2) * 4.
-            shift = pool.op("sub", pool.const(3), is_ah)
-            length = pool.op("lsh", pool.op("add", pool.op("add", units, pool.const(1)), is_ah), shift)
-        else:
-            length = pool.op("lsh", pool.op("add", units, pool.const(2)), pool.const(2))
-        kind = pool.load(offset, base.k, 1)
-        offset = pool.op("add", offset, length)
+            not_ah = pool.op("add", pool.op("xor", kind, pool.const(_AH)), pool.const(0x2FF))
+            shift = pool.op("rsh", not_ah, pool.const(8))
+        length = pool.op("lsh", units, shift)
+        kind = headers.load(at, 0, 1)
+        at = At(at.k + 8, length if at.base is None else pool.op("add", at.base, length))
     condition: Condition = pool.test("eq", kind, number)
-    for kind, _ in reversed(levels):
+    for kind in reversed(kinds):
         goes_on = some(*(pool.test("eq", kind, option) for option in (*options, _AH)))
         condition = some(pool.test("eq", kind, number), every(goes_on, condition))
     return condition

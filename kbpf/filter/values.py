@@ -28,6 +28,9 @@ class Value:
 
     __slots__ = ("k", "kind", "left", "right", "right_depth", "size", "top", "uses_x")
 
+    uses_x: bool
+    right_depth: int
+
     def __init__(
         self, kind: str, left: Value | None = None, right: Value | None = None, k: int = 0, size: int = 0
     ) -> None:
@@ -72,8 +75,8 @@ def _top(kind: str, left: Value | None, right: Value | None, k: int, size: int) 
         return (1 << max(left.top, right.top).bit_length()) - 1
     if kind == "rsh" and right.kind == "const":
         return left.top >> right.k
-    if kind == "lsh" and right.kind == "const":
-        return min(left.top << right.k, M32)
+    if kind == "lsh" and right.top < 32:
+        return min(left.top << right.top, M32)
     if kind == "mul":
         return min(left.top * right.top, M32)
     if kind in ("div", "mod"):
@@ -205,12 +208,14 @@ class Pool:
     def load(self, base: Value | None, k: int, size: int) -> Value:
         """The big-endian word of `size` bytes at ``base + k``."""
         if base is not None and base.kind == "const":
-            base, k = None, base.k + k
+            k += base.k
+            base = None
         if base is not None and base.kind == "add" and base.right is not None and base.right.kind == "const":
             assert base.left is not None
             # Only where the sum cannot wrap is it the same to add the constant later.
             if base.left.top + base.right.k + k < LL_OFF >> 1 and k < LL_OFF >> 1:
-                base, k = base.left, base.right.k + k
+                k += base.right.k
+                base = base.left
         return self._value("load", base, None, k & M32, size)
 
     def op(self, kind: str, left: Value, right: Value) -> Value:
@@ -250,7 +255,8 @@ class Pool:
             value = value.left
         if value.kind == "and" and value.right is not None and value.right.kind == "const":
             assert value.left is not None
-            value, mask = value.left, mask & value.right.k
+            mask &= value.right.k
+            value = value.left
         if mask & _ones(value.top) == _ones(value.top):
             mask = M32
         if value.kind == "const" or not mask:

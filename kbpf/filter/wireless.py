@@ -19,17 +19,17 @@ DIRECTIONS = frozenset(("addr1", "addr2", "addr3", "addr4", "ra", "ta"))
 _CONTROL, _ACK, _CTS = 0x04, 0xD0, 0xC0
 _TYPES = {"data": 0x08, "mgt": 0x00, "management": 0x00, "ctl": 0x04, "control": 0x04}
 _MANAGEMENT = {
-    **{name: 0x00 for name in ("assocreq", "assoc-req")},
-    **{name: 0x10 for name in ("assocresp", "assoc-resp")},
-    **{name: 0x20 for name in ("reassocreq", "reassoc-req")},
-    **{name: 0x30 for name in ("reassocresp", "reassoc-resp")},
-    **{name: 0x40 for name in ("probereq", "probe-req")},
-    **{name: 0x50 for name in ("proberesp", "probe-resp")},
+    **dict.fromkeys(("assocreq", "assoc-req"), 0),
+    **dict.fromkeys(("assocresp", "assoc-resp"), 16),
+    **dict.fromkeys(("reassocreq", "reassoc-req"), 32),
+    **dict.fromkeys(("reassocresp", "reassoc-resp"), 48),
+    **dict.fromkeys(("probereq", "probe-req"), 64),
+    **dict.fromkeys(("proberesp", "probe-resp"), 80),
     "beacon": 0x80,
     "atim": 0x90,
-    **{name: 0xA0 for name in ("disassoc", "disassociation")},
-    **{name: 0xB0 for name in ("auth", "authentication")},
-    **{name: 0xC0 for name in ("deauth", "deauthentication")},
+    **dict.fromkeys(("disassoc", "disassociation"), 160),
+    **dict.fromkeys(("auth", "authentication"), 176),
+    **dict.fromkeys(("deauth", "deauthentication"), 192),
 }
 _CONTROLS = {
     "bar": 0x80,

@@ -17,7 +17,7 @@ LAYOUTS = {layout.dlt: layout for layout in FILE_LAYOUTS.values() if layout.dlt 
 FRAMES = {dlt: filter_packets.frames(dlt or 0) for dlt in LAYOUTS}
 
 PRIMITIVES = [
-    *"tcp udp ip ip6 arp icmp rarp sctp icmp6 iso stp ipx atalk decnet".split(),
+    *["tcp", "udp", "ip", "ip6", "arp", "icmp", "rarp", "sctp", "icmp6", "iso", "stp", "ipx", "atalk", "decnet"],
     *("host 10.0.0.1", "src 10.0.0.2", "dst host 192.168.1.5", "net 10.0.0.0/8", "src net 192.168.1.0/24"),
     *("ip host 10.0.0.1", "arp src 10.0.0.1", "ip6 host fe80::1", "src or dst port 443", "src and dst port 53"),
     *("port 53", "tcp port 80", "dst port 7070", "udp src port 53", "portrange 50-90", "tcp dst portrange 70-8000"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 
@@ -126,19 +127,88 @@ DEEP = [
 @pytest.mark.parametrize("expression", DEEP, ids=range(len(DEEP)))
 def test_long_and_deep_text_is_answered_soon(expression: str) -> None:
     start = time.monotonic()
-    try:
+    with contextlib.suppress(FilterError):
         compile_filter(expression, names="numeric")
-    except FilterError:
-        pass
     # A second on an idle machine.
     assert time.monotonic() - start < 4
 
 
-WORDS = (
-    "tcp udp ip ip6 arp and or not ( ) host net port portrange src dst 80 443 1.2.3.4 10.0.0.0 / 8 fe80::1 ether [ ] : = != < > "
-    "+ - * / % & | ^ << >> len vlan mpls pppoes geneve vxlan less greater byte proto protochain \\tcp 1:2:3:4:5:6 broadcast "
-    "multicast llc iso isis decnet 1.5 gateway inbound ifindex mask 255.0.0.0 type mgt subtype beacon icmp[icmptype] tcp[13] $5 x"
-).split()
+WORDS = [
+    "tcp",
+    "udp",
+    "ip",
+    "ip6",
+    "arp",
+    "and",
+    "or",
+    "not",
+    "(",
+    ")",
+    "host",
+    "net",
+    "port",
+    "portrange",
+    "src",
+    "dst",
+    "80",
+    "443",
+    "1.2.3.4",
+    "10.0.0.0",
+    "/",
+    "8",
+    "fe80::1",
+    "ether",
+    "[",
+    "]",
+    ":",
+    "=",
+    "!=",
+    "<",
+    ">",
+    "+",
+    "-",
+    "*",
+    "/",
+    "%",
+    "&",
+    "|",
+    "^",
+    "<<",
+    ">>",
+    "len",
+    "vlan",
+    "mpls",
+    "pppoes",
+    "geneve",
+    "vxlan",
+    "less",
+    "greater",
+    "byte",
+    "proto",
+    "protochain",
+    "\\tcp",
+    "1:2:3:4:5:6",
+    "broadcast",
+    "multicast",
+    "llc",
+    "iso",
+    "isis",
+    "decnet",
+    "1.5",
+    "gateway",
+    "inbound",
+    "ifindex",
+    "mask",
+    "255.0.0.0",
+    "type",
+    "mgt",
+    "subtype",
+    "beacon",
+    "icmp[icmptype]",
+    "tcp[13]",
+    "$5",
+    "x",
+]
 
 
 def test_random_words_give_a_filter_or_a_filter_error() -> None:
