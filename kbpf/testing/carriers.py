@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from kbpf.emulator.classic import ClassicProgram
@@ -110,7 +111,7 @@ def kernel(names: tuple[str, ...] = NAMES) -> Iterator[dict[str, Carrier]]:
                 kind = socket.SOCK_RAW if name == "packet" else socket.SOCK_DGRAM
                 receiver = stack.enter_context(namespace.socket(socket.AF_PACKET, kind, 0))
                 receiver.bind(("tap0", _ETH_P_ALL))
-            carriers[name] = _KernelCarrier(receiver, lambda frame, tap=tap: os.write(tap, frame))
+            carriers[name] = _KernelCarrier(receiver, partial(os.write, tap))
         yield carriers
 
 

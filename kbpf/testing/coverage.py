@@ -1,8 +1,8 @@
 """What generated programs really ran: instructions, ways of branches, memory, helpers, maps, with counts.
 
 Counted in the emulator, whose runs agree with the kernel's, by watching each step that is taken. What a run of the
-fuzzer claims to cover is listed by `required_classic` and `required_ebpf`, from the same tables as the instruction sets; what is
-missing of that in the end is an error.
+fuzzer claims to cover is listed by `required_classic` and `required_ebpf`, from the same tables as the instruction
+sets; what is missing of that in the end is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,23 @@ from kbpf.testing.generate_items import ATOMIC_OPERATIONS
 from kbpf.uapi.enums import HELPERS
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "or", "and", "lsh", "rsh", "neg", "mod", "xor", "mov", "arsh", "end")
-_JUMPS = ("ja", "jeq", "jgt", "jge", "jset", "jne", "jsgt", "jsge", "call", "exit", "jlt", "jle", "jslt", "jsle", "may_goto")
+_JUMPS = (
+    "ja",
+    "jeq",
+    "jgt",
+    "jge",
+    "jset",
+    "jne",
+    "jsgt",
+    "jsge",
+    "call",
+    "exit",
+    "jlt",
+    "jle",
+    "jslt",
+    "jsle",
+    "may_goto",
+)
 _SIZES = {ebpf.W: "w", ebpf.H: "h", ebpf.B: "b", ebpf.DW: "dw"}
 _MAP_REFERENCES = {
     0: "number",
@@ -45,7 +61,10 @@ _HELPER_NAMES = {number: name for name, number in HELPERS.items()}
 
 
 class Watch:
-    """The steps that an eBPF program takes from now on: (index, index of the next); for memory, (index, region's name)."""
+    """The steps that an eBPF program takes from now on.
+
+    `ways` counts (index, index of the next), `regions` what loads and stores reach: (index, region's name).
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -57,7 +76,9 @@ class Watch:
             for pc, step in enumerate(code.steps)
         ]
 
-    def _watched(self, pc: int, step: Callable[[Any], int], instruction: ebpf.Instruction | None) -> Callable[[Any], int]:
+    def _watched(
+        self, pc: int, step: Callable[[Any], int], instruction: ebpf.Instruction | None
+    ) -> Callable[[Any], int]:
         ways, regions = self.ways, self.regions
         base = None if instruction is None else _base(instruction)
         if base is None:
@@ -82,7 +103,9 @@ class Watch:
 def _base(instruction: ebpf.Instruction) -> int | None:
     """The register that an access to memory goes through."""
     kind = instruction.opcode & 7
-    if kind == ebpf.LDX or (kind == ebpf.STX and instruction.opcode & 0xE0 == ebpf.ATOMIC and instruction.imm == ebpf.LOAD_ACQ):
+    if kind == ebpf.LDX or (
+        kind == ebpf.STX and instruction.opcode & 0xE0 == ebpf.ATOMIC and instruction.imm == ebpf.LOAD_ACQ
+    ):
         return instruction.src
     return instruction.dst if kind in (ebpf.ST, ebpf.STX) else None
 
@@ -171,7 +194,9 @@ def required_ebpf(map_types: Sequence[str]) -> set[str]:
     need = set()
     for wide, bits in ((True, 64), (False, 32)):
         for source in ("k", "x"):
-            need |= {f"alu{bits} {name} {source}" for name in (*_ARITHMETIC, "sdiv", "smod") if name not in ("neg", "end")}
+            need |= {
+                f"alu{bits} {name} {source}" for name in (*_ARITHMETIC, "sdiv", "smod") if name not in ("neg", "end")
+            }
             for name in _JUMPS:
                 if name not in ("ja", "call", "exit", "may_goto"):
                     need |= {f"jmp{bits} {name} {source} {way}" for way in ("taken", "not taken")}
@@ -187,11 +212,18 @@ def required_ebpf(map_types: Sequence[str]) -> set[str]:
     sizes = ("b", "h", "w", "dw")
     for size in sizes:
         need |= {f"{name} {size} {where}" for name in ("ldx", "st", "stx") for where in ("stack", "value", "context")}
-        need |= {f"atomic {name} {size} {where}" for name in ("load_acquire", "store_release") for where in ("stack", "value")}
+        need |= {
+            f"atomic {name} {size} {where}"
+            for name in ("load_acquire", "store_release")
+            for where in ("stack", "value")
+        }
         if size != "dw":
             need |= {f"ldsx {size} {where}" for where in ("stack", "value")}
     need |= {
-        f"atomic {_ATOMICS[op]} {size} {where}" for op in ATOMIC_OPERATIONS for size in ("w", "dw") for where in ("stack", "value")
+        f"atomic {_ATOMICS[op]} {size} {where}"
+        for op in ATOMIC_OPERATIONS
+        for size in ("w", "dw")
+        for where in ("stack", "value")
     }
     return need | {f"map {name}" for name in map_types}
 
@@ -258,6 +290,10 @@ def required_classic() -> set[str]:
         need |= {f"{name} true", f"{name} false"} if conditional else {name}
     need |= {f"ancillary {word.name}" for word in cbpf.ANCILLARY.values()}
     for offset in (cbpf.NET_OFF, cbpf.LL_OFF):
-        need |= {classic_name(cbpf.LD | size | mode, offset) for size in (cbpf.W, cbpf.H, cbpf.B) for mode in (cbpf.ABS, cbpf.IND)}
+        need |= {
+            classic_name(cbpf.LD | size | mode, offset)
+            for size in (cbpf.W, cbpf.H, cbpf.B)
+            for mode in (cbpf.ABS, cbpf.IND)
+        }
         need.add(classic_name(cbpf.LDX | cbpf.B | cbpf.MSH, offset))
     return need

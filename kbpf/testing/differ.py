@@ -76,16 +76,21 @@ def shrink_classic(kernel: Mapping[str, Carrier], emulated: Mapping[str, Carrier
     case = replace(case, packets=tuple(shrink.fewer(case.packets, lambda p: fails(replace(case, packets=tuple(p))))))
     case = replace(case, program=tuple(shrink.blank(case.program, shrink.CLASSIC_NOP, program_fails)))
     case = replace(case, program=tuple(shrink.drop(case.program, shrink.without_classic, program_fails)))
+    return _smaller_packets(case, fails)
+
+
+def _smaller_packets(case: ClassicCase, fails: Callable[[ClassicCase], bool]) -> ClassicCase:
     least = 0 if case.carrier == "unix" else 14
-    for index, packet in enumerate(case.packets):
+    # A datagram's lengths would have to fit.
+    for index in range(len(case.packets) if case.carrier != "udp" else 0):
 
-        def packet_fails(data: bytes, index: int = index) -> bool:
-            if len(data) < least or case.carrier == "udp":
-                return False
-            return fails(replace(case, packets=(*case.packets[:index], data, *case.packets[index + 1 :])))
+        def with_packet(data: bytes, case: ClassicCase = case, index: int = index) -> ClassicCase:
+            return replace(case, packets=(*case.packets[:index], data, *case.packets[index + 1 :]))
 
-        small = shrink.shorter(packet, packet_fails)
-        case = replace(case, packets=(*case.packets[:index], small, *case.packets[index + 1 :]))
+        def packet_fails(data: bytes, make: Callable[[bytes], ClassicCase] = with_packet) -> bool:
+            return len(data) >= least and fails(make(data))
+
+        case = with_packet(shrink.shorter(case.packets[index], packet_fails))
     return case
 
 
@@ -154,7 +159,9 @@ def run_ebpf(backend: Backend, case: EbpfCase, loaded: Callable[[int], object] |
 
 def last_words(log: str) -> str:
     """What the verifier refused a program for, without numbers."""
-    lines = [line for line in log.splitlines() if line and not line.startswith(("processed ", "verification time", "  "))]
+    lines = [
+        line for line in log.splitlines() if line and not line.startswith(("processed ", "verification time", "  "))
+    ]
     return re.sub(r"-?\d+", "N", lines[-1]) if lines else ""
 
 
@@ -177,7 +184,8 @@ def _contents(backend: Backend, fd: int) -> dict[bytes, bytes]:
     assert batch.token is None
     keys, values = batch.keys, batch.values
     return {
-        keys[n * info.key_size : (n + 1) * info.key_size]: values[n * size : (n + 1) * size] for n in range(batch.length)
+        keys[n * info.key_size : (n + 1) * info.key_size]: values[n * size : (n + 1) * size]
+        for n in range(batch.length)
     }
 
 
@@ -199,13 +207,15 @@ def shrink_ebpf(kernel: Backend, emulated: Backend, case: EbpfCase) -> EbpfCase:
     case = with_program(shrink.drop(case.spec.instructions, shrink.without_ebpf, program_fails, shrink.fills_stack))
     for index, (data, context) in enumerate(case.runs):
 
-        def run_fails(run: tuple[bytes, bytes], index: int = index) -> bool:
-            return fails(replace(case, runs=(*case.runs[:index], run, *case.runs[index + 1 :])))
+        def with_run(data: bytes, context: bytes, case: EbpfCase = case, index: int = index) -> EbpfCase:
+            return replace(case, runs=(*case.runs[:index], (data, context), *case.runs[index + 1 :]))
 
-        if run_fails((data, b"")):
-            context = b""
-        small = shrink.shorter(data, lambda short, context=context: run_fails((short, context)))  # noqa: B023
-        case = replace(case, runs=(*case.runs[:index], (small, context), *case.runs[index + 1 :]))
+        needed = b"" if fails(with_run(data, b"")) else context
+
+        def data_fails(data: bytes, make: Callable[..., EbpfCase] = with_run, context: bytes = needed) -> bool:
+            return fails(make(data, context))
+
+        case = with_run(shrink.shorter(data, data_fails), needed)
     return case
 
 

@@ -1,8 +1,9 @@
 """Run random programs on the kernel and in the emulator, and say where they differ: ``python -m kbpf.testing.fuzz``.
 
-Needs root (bpf(2), and network namespaces for all carriers of classic filters but UNIX sockets). Case N of a seed is the
-same program and packets everywhere. What differs is made small and printed as a test. The exit status is 1 if something differs, or if
-a run of at least `FULL` programs left out something that it should cover (`kbpf.testing.coverage`).
+Needs root (bpf(2), and network namespaces for all carriers of classic filters but UNIX sockets). Case N of a seed
+is the same program and packets everywhere. What differs is made small and printed as a test. The exit status is 1 if
+something differs, or if a run of at least `FULL` programs left out something that it should cover
+(`kbpf.testing.coverage`).
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ def fuzz_ebpf(seed: str, cases: Iterable[int]) -> Report:
             report.accepted += 1
             report.runs += len(case.runs)
             watches: list[coverage.Watch] = []
-            watch = None if number % _WATCHED else lambda fd, to=watches: to.append(coverage.Watch(emulated.program(fd)))
+            watch = (
+                None if number % _WATCHED else lambda fd, to=watches: to.append(coverage.Watch(emulated.program(fd)))
+            )
             got = differ.run_ebpf(emulated, case, watch)
             for seen in watches:
                 coverage.count_ebpf(report.coverage, seen)
@@ -180,7 +183,11 @@ def _progress(kind: str, count: int) -> Iterator[Callable[[Report], object]]:
         def tell(report: Report) -> None:
             if time.monotonic() - last[0] > 10:
                 last[0] = time.monotonic()
-                print(f"{kind}: {report.accepted} of {count}, {len(report.differences)} differ", file=sys.stderr, flush=True)
+                print(
+                    f"{kind}: {report.accepted} of {count}, {len(report.differences)} differ",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield tell
         return

@@ -33,7 +33,13 @@ def _key(code: Code, index: int) -> int:
         if offset > slot:
             code.emit(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, offset, 0)
         elif rng.random() < 0.6:
-            code.emit(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, offset, rng.randrange(6) if rng.random() < 0.95 else code.word())
+            code.emit(
+                ebpf.ST | ebpf.MEM | ebpf.W,
+                ebpf.FP,
+                0,
+                offset,
+                rng.randrange(6) if rng.random() < 0.95 else code.word(),
+            )
         else:
             code.emit(ebpf.STX | ebpf.MEM | ebpf.W, ebpf.FP, code.small(7), offset)
         code.now.store(offset, 4)

@@ -67,11 +67,10 @@ class _Program:
         self.written = 0
         self.at_target: dict[int, int] = {}
         kinds = (
-            (self.load, 20), (self.indexed, 8), (self.immediate, 8), (self.scratch, 12), (self.ancillary, 4), (self.header, 4),
-            (self.length, 3), (self.arithmetic, 25), (self.transfer, 6), (self.netlink, 1),
+            (self.load, 20), (self.indexed, 8), (self.immediate, 8), (self.scratch, 12), (self.ancillary, 4),
+            (self.header, 4), (self.length, 3), (self.arithmetic, 25), (self.transfer, 6), (self.netlink, 1),
         )  # fmt: skip
-        makers, weights = zip(*kinds, strict=True)
-        chosen = iter(())
+        makers, weights = [make for make, _ in kinds], [weight for _, weight in kinds]
         while len(self.out) < self.count:
             dice = rng.random()
             if dice < self.jumps:
@@ -79,11 +78,7 @@ class _Program:
             elif dice < self.jumps + self.returns:
                 self.result()
             else:
-                make = next(chosen, None)
-                if make is None:
-                    chosen = iter(rng.choices(makers, weights, k=16))
-                    make = next(chosen)
-                make()
+                rng.choices(makers, weights)[0]()
         self.epilogue()
         self.instructions = tuple(self.out)
 
@@ -125,7 +120,7 @@ class _Program:
         self.emit(cbpf.LD | self.rng.choice(_SIZES) | cbpf.ABS, self.offset())
 
     def indexed(self) -> None:
-        """A load relative to X; mostly after X was set so that the sum lands in the packet, with or without wrapping."""
+        """A load relative to X; mostly X was set so that the sum lands in the packet, with or without wrapping."""
         rng, k = self.rng, self.offset()
         if rng.random() < 0.7:
             x = rng.randrange(24) if rng.random() < 0.5 else rng.randrange(20) - k

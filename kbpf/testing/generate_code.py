@@ -19,8 +19,38 @@ SIZES = {ebpf.B: 1, ebpf.H: 2, ebpf.W: 4, ebpf.DW: 8}
 #: Where the program's context is, as long as it runs.
 CONTEXT_REGISTER = 6
 
-_WORDS = (0, 1, 2, 3, 7, 8, 15, 31, 32, 63, 64, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, -1, -2, -0x80000000)
-_LONG = (0x80000000, 0xFFFFFFFF, 0x100000000, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFF00000000, 0xFFFFFFFF80000000)
+_WORDS = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    15,
+    31,
+    32,
+    63,
+    64,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    -1,
+    -2,
+    -0x80000000,
+)
+_LONG = (
+    0x80000000,
+    0xFFFFFFFF,
+    0x100000000,
+    0x7FFFFFFFFFFFFFFF,
+    0x8000000000000000,
+    0xFFFFFFFF00000000,
+    0xFFFFFFFF80000000,
+)
 
 
 class Code:
@@ -186,7 +216,11 @@ class Code:
             off -= (pointer.low + off) % size
             if off < first:
                 return None
-        if read and pointer.region == "stack" and not state.is_ready(pointer.low + off, pointer.high - pointer.low + size):
+        if (
+            read
+            and pointer.region == "stack"
+            and not state.is_ready(pointer.low + off, pointer.high - pointer.low + size)
+        ):
             return None
         return register, off, pointer
 

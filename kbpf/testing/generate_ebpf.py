@@ -1,8 +1,8 @@
 """Random eBPF socket filters that the verifier accepts, nearly always, and what to run them over.
 
-A program has a main function and up to seven others, each a run of pieces (`generate_items`, `generate_calls`) with jumps, loops and
-calls between them. At the end it writes what its registers and its stack hold into the first map and mixes it into
-the return value, so that whatever went wrong on the way shows.
+A program has a main function and up to seven others, each a run of pieces (`generate_items`, `generate_calls`) with
+jumps, loops and calls between them. At the end it writes what its registers and its stack hold into the first map and
+mixes it into the return value, so that whatever went wrong on the way shows.
 """
 
 from __future__ import annotations
@@ -193,7 +193,12 @@ class _Writer:
         code.place(labels[-1])
 
     def _choices(self, code: Code) -> list[tuple[Callable[[Code], None], int]]:
-        choices: list[tuple[Callable[[Code], None], int]] = [*ITEMS, (self._branch, 22), (self._skip, 3), (self._leave, 2)]
+        choices: list[tuple[Callable[[Code], None], int]] = [
+            *ITEMS,
+            (self._branch, 22),
+            (self._skip, 3),
+            (self._leave, 2),
+        ]
         if can_call(code):
             choices += HELPER_ITEMS.values()
             if self.index + 1 < len(self.signatures):
@@ -208,7 +213,8 @@ class _Writer:
         rng = self.rng
         kind = rng.choice((ebpf.JMP, ebpf.JMP32))
         op = rng.choice(CONDITIONS)
-        label = code.ahead[0] if rng.random() < 0.3 else rng.choice(code.ahead)
+        # Mostly near, so that most of the program runs.
+        label = rng.choice(code.ahead[:3] if rng.random() < 0.8 else code.ahead)
         dice = rng.random()
         if dice < 0.5:
             # Small numbers, so that both ways are likely; with a sign for signed comparisons.
@@ -219,7 +225,11 @@ class _Writer:
                 imm -= 2
             code.jump(label, kind | op | ebpf.K, register, 0, imm)
         elif dice < 0.75:
-            code.jump(label, kind | op | ebpf.X, code.scalar(), code.scalar())
+            register = code.small(3) if rng.random() < 0.7 else code.scalar()
+            others = [n for n in code.now.scalars() if n != register and n not in code.reserved]
+            if others and rng.random() < 0.7:
+                code.emit(ebpf.ALU64 | ebpf.AND | ebpf.K, others[0], 0, 0, 3)
+            code.jump(label, kind | op | ebpf.X, register, others[0] if others else register)
         else:
             code.jump(label, kind | op | ebpf.K, code.scalar(), 0, code.word())
 

@@ -19,10 +19,25 @@ READABLE = (
 CB = _BUFF["cb"].offset
 CB_END = CB + _BUFF["cb"].size * _BUFF["cb"].count
 
-_BINARY = (ebpf.ADD, ebpf.SUB, ebpf.MUL, ebpf.DIV, ebpf.OR, ebpf.AND, ebpf.LSH, ebpf.RSH, ebpf.MOD, ebpf.XOR, ebpf.MOV, ebpf.ARSH)
+_BINARY = (
+    ebpf.ADD,
+    ebpf.SUB,
+    ebpf.MUL,
+    ebpf.DIV,
+    ebpf.OR,
+    ebpf.AND,
+    ebpf.LSH,
+    ebpf.RSH,
+    ebpf.MOD,
+    ebpf.XOR,
+    ebpf.MOV,
+    ebpf.ARSH,
+)
 ATOMIC_OPERATIONS = (
-    *(op | fetch for op in (ebpf.ADD, ebpf.OR, ebpf.AND, ebpf.XOR) for fetch in (0, ebpf.FETCH)), ebpf.XCHG, ebpf.CMPXCHG,
-)  # fmt: skip
+    *(op | fetch for op in (ebpf.ADD, ebpf.OR, ebpf.AND, ebpf.XOR) for fetch in (0, ebpf.FETCH)),
+    ebpf.XCHG,
+    ebpf.CMPXCHG,
+)
 
 
 def arithmetic(code: Code) -> None:
@@ -30,7 +45,7 @@ def arithmetic(code: Code) -> None:
     wide = rng.random() < 0.5
     kind, op = ebpf.ALU64 if wide else ebpf.ALU, rng.choice(_BINARY)
     off = int(op in (ebpf.DIV, ebpf.MOD) and rng.random() < 0.5)
-    if rng.random() < 0.55:
+    if rng.random() < (0.8 if op == ebpf.MOV else 0.55):
         src = code.scalar()
         if op == ebpf.MOV:
             dst = code.target()
@@ -172,7 +187,9 @@ def packet_load(code: Code) -> None:
     else:
         imm = code.word()
     if rng.random() < 0.4:
-        src = rng.choice([number for number in range(ebpf.FP) if number != CONTEXT_REGISTER and number not in code.reserved])
+        src = rng.choice(
+            [number for number in range(ebpf.FP) if number != CONTEXT_REGISTER and number not in code.reserved]
+        )
         code.move(src, rng.randrange(8) if imm < 100 else -rng.randrange(8))
         code.emit(ebpf.LD | ebpf.IND | rng.choice((ebpf.B, ebpf.H, ebpf.W)), 0, src, 0, imm)
     else:
@@ -249,6 +266,6 @@ def spill(code: Code) -> None:
 
 #: The pieces and how often they come.
 ITEMS = (
-    (arithmetic, 30), (unary, 6), (immediate, 6), (load, 14), (store, 14), (atomic, 10), (context_load, 5), (context_store, 3),
-    (packet_load, 5), (copy_pointer, 5), (move_pointer, 4), (subtract_pointers, 1), (spill, 5),
+    (arithmetic, 30), (unary, 6), (immediate, 6), (load, 14), (store, 14), (atomic, 16), (context_load, 5),
+    (context_store, 3), (packet_load, 6), (copy_pointer, 6), (move_pointer, 4), (subtract_pointers, 1), (spill, 5),
 )  # fmt: skip

@@ -71,8 +71,8 @@ def ipv4(rng: Random) -> bytes:
     body = transport(rng, protocol)
     fragment = rng.choice((0, 0, 0, 0x4000, 0x2000, rng.getrandbits(16)))
     header = struct.pack(
-        ">BBHHHBBH", 0x40 | 5 + options // 4, rng.getrandbits(8), 20 + options + len(body), rng.getrandbits(16), fragment, 64,
-        protocol, rng.getrandbits(16)
+        ">BBHHHBBH", 0x40 | 5 + options // 4, rng.getrandbits(8), 20 + options + len(body), rng.getrandbits(16),
+        fragment, 64, protocol, rng.getrandbits(16),
     )  # fmt: skip
     return header + address4(rng) + address4(rng) + rng.randbytes(options) + body
 

@@ -7,7 +7,7 @@ they do not agree on may not be used: so that no program depends on what the ker
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from kbpf.isa import ebpf
 
@@ -33,6 +33,8 @@ class Pointer(NamedTuple):
 
 SCALAR = Scalar()
 FRAME = Pointer("stack")
+Held: TypeAlias = "Scalar | Pointer | None"
+_NOTHING: tuple[Held, ...] = (None,) * ebpf.FP
 
 
 def stack_bits(offset: int, size: int) -> int:
@@ -44,7 +46,7 @@ def stack_bits(offset: int, size: int) -> int:
 class State:
     """Registers by number; which bytes of stack hold numbers, a bit each; pointers kept on the stack, by offset."""
 
-    registers: list[Scalar | Pointer | None] = field(default_factory=lambda: [None] * ebpf.FP + [FRAME])
+    registers: list[Held] = field(default_factory=lambda: [*_NOTHING, FRAME])
     ready: int = 0
     spills: dict[int, Pointer] = field(default_factory=dict)
 
@@ -85,14 +87,14 @@ class State:
     def drop_values(self, maps: set[int]) -> None:
         """Pointers to elements of these maps may have become stale."""
 
-        def stale(held: Scalar | Pointer | None) -> bool:
+        def stale(held: Held) -> bool:
             return isinstance(held, Pointer) and held.region == "value" and held.map in maps
 
         self.registers = [None if stale(held) else held for held in self.registers]
         self.spills = {slot: held for slot, held in self.spills.items() if not stale(held)}
 
     def weaken(self) -> None:
-        """Keep only what every turn of a loop finds again: numbers that calls save, the context, numbers on the stack."""
+        """Keep what every turn of a loop finds again: numbers that calls save, the context, numbers on the stack."""
         for number, held in enumerate(self.registers[: ebpf.FP]):
             if number < 6 or (isinstance(held, Pointer) and held.region != "context"):
                 self.registers[number] = None
@@ -110,7 +112,7 @@ def merge(a: State | None, b: State | None) -> State | None:
     )
 
 
-def _common(a: Scalar | Pointer | None, b: Scalar | Pointer | None) -> Scalar | Pointer | None:
+def _common(a: Held, b: Held) -> Held:
     if a == b:
         return a
     if isinstance(a, Pointer) and isinstance(b, Pointer) and (a.region, a.map, a.size) == (b.region, b.map, b.size):
