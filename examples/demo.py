@@ -39,9 +39,16 @@ def receive_all(sock: socket.socket) -> list[bytes]:
     return packets
 
 
+def listing() -> None:
+    """An expression compiled, as tcpdump lists it."""
+    say(f"1. The expression 'tcp and dst port {PORT}', compiled to classic BPF")
+    compiled = kbpf.compile(f"tcp and dst port {PORT}", order="libpcap")
+    say("".join(f"   {line}\n" for line in str(compiled).splitlines()).rstrip())
+
+
 def udp_filter() -> None:
     """A classic filter on an ordinary UDP socket; needs no privilege."""
-    say("1. A classic filter on a UDP socket")
+    say("2. A classic filter on a UDP socket")
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
@@ -79,9 +86,9 @@ def make_traffic() -> dict[int, int]:
     return sent
 
 
-def packet_filter(capture: Path | None = None) -> None:
-    """A classic filter on a packet socket on lo; with `capture`, all frames of the traffic are written there."""
-    say("2. A classic filter on a packet socket on lo")
+def packet_filter(capture: Path) -> None:
+    """A classic filter on a packet socket on lo; all frames of the traffic are written to `capture`."""
+    say("3. A classic filter on a packet socket on lo")
     expression = f"udp and dst port {PORT}"
     with kbpf.packet_socket("lo") as filtered, kbpf.packet_socket("lo") as everything:
         with kbpf.attach(filtered, expression) as link:
@@ -91,10 +98,9 @@ def packet_filter(capture: Path | None = None) -> None:
             say("   (two datagrams, each seen going out and coming in)")
         seen = receive_all(everything)
     say(f"   payload sent: {summary(sent)} bytes, in {len(seen)} frames")
-    if capture is not None:
-        with PcapWriter(capture) as writer:
-            for frame in seen:
-                writer.write(frame, timestamp_ns=time.time_ns())
+    with PcapWriter(capture) as writer:
+        for frame in seen:
+            writer.write(frame, timestamp_ns=time.time_ns())
 
 
 def summary(sent: dict[int, int]) -> str:
@@ -107,7 +113,7 @@ def show_counters(collection: kbpf.Collection) -> None:
 
 
 def count_on_the_kernel() -> None:
-    say("3. An eBPF program (sockex1) on a packet socket on lo, its map read from Python")
+    say("4. An eBPF program (sockex1) on a packet socket on lo, its map read from Python")
     with (
         kbpf.packet_socket("lo") as sock,
         kbpf.load(OBJECT, backend="kernel") as collection,
@@ -120,7 +126,7 @@ def count_on_the_kernel() -> None:
 
 
 def count_in_the_emulator(capture: Path) -> None:
-    say("3. An eBPF program (sockex1) in the emulator, over the frames just captured")
+    say("5. The same program in the emulator, over the frames captured in step 3")
     with (
         kbpf.packet_socket("lo", backend="emulator") as sock,
         kbpf.load(OBJECT, backend="emulator") as collection,
@@ -142,17 +148,20 @@ def main() -> int:
         packet_filter(Path(sys.argv[2]))
         return 0
     say(f"kbpf on Linux {os.uname().release}, as user {os.geteuid()}")
+    listing()
     udp_filter()
-    if os.geteuid() == 0:
-        packet_filter()
-        count_on_the_kernel()
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         capture = Path(folder) / "frames.pcap"
+        if os.geteuid() == 0:
+            packet_filter(capture)
+            count_on_the_kernel()
+            count_in_the_emulator(capture)
+            return 0
         child = [sys.executable, __file__, "--in-namespace", str(capture)]
         if subprocess.run(["unshare", "-Urn", *child], check=False).returncode:
             say("   packet sockets: this machine allows no user namespaces here; nothing was captured")
             return 0
+        say("4. eBPF on the kernel: not for this user (`kbpf doctor` says what is missing)")
         count_in_the_emulator(capture)
     return 0
 
