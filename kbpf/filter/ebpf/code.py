@@ -50,6 +50,9 @@ class Code:
     def label(self, label: Hashable) -> None:
         self._labels[label] = len(self._out)
 
+    def jumps_to(self, label: Hashable) -> bool:
+        return any(target == label for _, target in self._jumps)
+
     def goto(self, label: Hashable) -> None:
         self._jumps.append((len(self._out), label))
         self._out.append(Instruction(ebpf.JMP | ebpf.JA))

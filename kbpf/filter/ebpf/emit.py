@@ -65,12 +65,19 @@ def emit(
     code = Code()
     if isinstance(root, Node):
         _Emitter(code, root, target, access, memberships).write()
-    verdicts = ((ACCEPT, results[0]), (REJECT, results[1]))
-    for label, result in verdicts if isinstance(root, Node) else verdicts[0 if root else 1 :][:1]:
-        code.label(label)
-        code.constant(0, result)
-        code.exit()
+    if root is not False:
+        _verdict(code, ACCEPT, results[0])
+    access.epilogue(code)
+    # The verifier wants no code that nothing reaches.
+    if root is False or code.jumps_to(REJECT):
+        _verdict(code, REJECT, results[1])
     return code.instructions()
+
+
+def _verdict(code: Code, label: str, result: int) -> None:
+    code.label(label)
+    code.constant(0, result)
+    code.exit()
 
 
 class _Emitter:
@@ -102,8 +109,6 @@ class _Emitter:
             for successor in {node.yes, node.no}:
                 if isinstance(successor, Node):
                     incoming[successor].append(self.state)
-        code.goto(ACCEPT)
-        self.access.epilogue(code)
 
     def _values(self, test: Test) -> tuple[Value, ...]:
         if test.other is None:
@@ -128,9 +133,10 @@ class _Emitter:
     def _reserve(self) -> None:
         """The stack: keys of sets, intermediate results, and values that are kept."""
         code = self.code
-        used = [self.memberships[n.test.other] for n in self.order if n.test.other in self.memberships]
-        self.key = code.reserve(max((member.key_size for member in used), default=0) + 8 if used else 0)
-        depth = max((value.right_depth for value in self.uses), default=0)
+        tested = (self.memberships.get(node.test.other) for node in self.order if node.test.other is not None)
+        keys = [4 * len(member.words) + (4 if member.trie else 0) for member in tested if member is not None]
+        self.key = code.reserve(max(keys, default=0), 4)
+        depth = 1 + max((value.right_depth for value in self.uses), default=0)
         self.temporary = code.reserve(4 * depth, 4)
         costly = [value for value, count in self.uses.items() if count > 1 and self._costly(value)]
         room = min(len(costly), _MOST_KEPT, code.left() // 4)
@@ -206,42 +212,39 @@ class _Emitter:
     def _lookup(self, member: Membership) -> None:
         """R0 is 0 if the words are not in the set."""
         code = self.code
-        # The widest word decides how the key must lie.
-        at = self.key + member.padding
-        key = at
-        if member.prefix:
-            code.store_constant(4, at, 8 * member.size)
+        at = self.key
+        if member.trie:
+            code.store_constant(4, at, 32 * len(member.words))
             at += 4
         for word in member.words:
             self._into_a(word)
-            code.network_order(0, word.size)
+            code.network_order(0, 4)
             self.state = self.state._replace(a=None)
-            code.store(word.size, at + member.offset(word), 0)
+            code.store(4, at, 0)
+            at += 4
         code.map(1, member.map)
-        code.address(2, key)
+        code.address(2, self.key)
         code.call("map_lookup_elem")
 
     # Values
 
     def _both(self, left: Value, right: Value) -> None:
         """`left` into R0 and `right` into R1."""
+        self._into_a(left)
+        self._spill()
         self._into_a(right)
-        if left.kind == "len":
-            self.code.alu_register(ebpf.MOV, 1, 0)
-        else:
-            self._spill()
-            self._into_a(left)
-            self._unspill(1)
-        if left.kind == "len":
-            self._into_a(left)
+        self._unspill()
+        self.state = self.state._replace(a=left)
 
     def _spill(self) -> None:
         self.code.store(4, self.temporary + 4 * self.busy, 0)
         self.busy += 1
 
-    def _unspill(self, register: int) -> None:
+    def _unspill(self) -> None:
+        """R0 into R1, and what was spilled last into R0."""
         self.busy -= 1
-        self.code.load(4, register, FP, self.temporary + 4 * self.busy)
+        self.code.move(1, 0)
+        self.code.load(4, 0, FP, self.temporary + 4 * self.busy)
 
     def _into_a(self, wanted: Value) -> None:
         # What is still to be done, last first: a value to compute, or the step that ends one.
@@ -270,10 +273,10 @@ class _Emitter:
             return [("finish", value)]
         if value.right is None or value.right.kind == "const":
             return [("finish", value), ("value", value.left)]
-        return [("finish", value), ("value", value.left), ("spill", value), ("value", value.right)]
+        return [("finish", value), ("value", value.right), ("spill", value), ("value", value.left)]
 
     def _finish(self, value: Value) -> None:
-        """Its operands are in R0, and the right one, if it is no constant, was spilled."""
+        """Its operand is in R0; where it has two that are no constants, the left one was spilled."""
         code = self.code
         if value.kind == "const":
             code.constant(0, value.k)
@@ -286,7 +289,7 @@ class _Emitter:
         elif value.right is not None and value.right.kind == "const":
             code.alu(_ALU[value.kind], 0, value.right.k)
         else:
-            self._unspill(1)
+            self._unspill()
             if value.kind in ("div", "mod"):
                 code.jump(ebpf.JEQ, 1, 0, REJECT)
             code.alu_register(_ALU[value.kind], 0, 1)
