@@ -131,6 +131,10 @@ def ipv6(lowering: Lowering, members: list[Member], qualifiers: Qualifiers) -> C
 
 
 def _ipv6_at(lowering: Lowering, offset: int, members: Sequence[Member]) -> Condition:
+    words = tuple(lowering.headers.network_word(offset + 4 * index, 4) for index in range(4))
+    found = lowering.pool.lookup(words, members)
+    if found is not None:
+        return found
     return some(*(_ipv6_is(lowering, offset, address, mask) for address, mask in members))
 
 

@@ -19,6 +19,9 @@ def member(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condi
 
 def masked(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condition:
     """Whether `word` under one of the masks is the address that goes with it; members are (address, mask)."""
+    found = pool.lookup((word,), members)
+    if found is not None:
+        return found
     if len(members) <= CHAIN or not all(_is_prefix(mask) for _, mask in members):
         return some(*(pool.test("eq", word, address, mask) for address, mask in members))
     masks = {mask for _, mask in members}

@@ -7,6 +7,7 @@ outside it, or a division by zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from kbpf.errors import FilterError
@@ -204,6 +205,10 @@ class Pool:
 
     def const(self, k: int) -> Value:
         return self._value("const", k=k & M32)
+
+    def lookup(self, words: tuple[Value, ...], members: Sequence[tuple[int, int]]) -> Condition | None:
+        """Whether an address of several words is one of many (address, mask); None where tests have to say so."""
+        return None
 
     def load(self, base: Value | None, k: int, size: int) -> Value:
         """The big-endian word of `size` bytes at ``base + k``."""

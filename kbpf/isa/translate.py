@@ -4,18 +4,37 @@ The registers are the kernel's: A is R0, X is R7, the context stays in R6. What 
 user space may load it cannot say (network-relative loads, ancillary words that no
 `__sk_buff` field holds) is kept as LD_ABS/LD_IND with the classic offset; `ancillary`
 tells whether a program has such, and the emulator runs them as the kernel's converted filter does.
+
+`to_loadable` is the translation that Linux loads: ancillary words come from the context or from helpers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.uapi.enums import HELPERS
+from kbpf.uapi.structs import STRUCTS
 
 # The kernel's assignment (include/linux/filter.h).
 REG_A, REG_X, REG_CTX, REG_TMP = 0, 7, 6, 2
+
+# Ancillary words that a field of __sk_buff holds, and whether the field is in network byte order.
+_FIELDS = {
+    "protocol": ("protocol", True),
+    "pkttype": ("pkt_type", False),
+    "ifindex": ("ifindex", False),
+    "mark": ("mark", False),
+    "queue": ("queue_mapping", False),
+    "rxhash": ("hash", False),
+    "vlan_tag": ("vlan_tci", False),
+    "vlan_tag_present": ("vlan_present", False),
+    "vlan_tpid": ("vlan_proto", True),
+}
+# And those that a helper gives.
+_CALLS = {"cpu": "get_smp_processor_id", "random": "get_prandom_u32"}
 
 _INVERSE = {ebpf.JEQ: ebpf.JNE, ebpf.JGT: ebpf.JLE, ebpf.JGE: ebpf.JLT}
 
@@ -35,20 +54,94 @@ def starts(instructions: Sequence[cbpf.Instruction]) -> tuple[int, ...]:
 
 def _translate(instructions: Sequence[cbpf.Instruction]) -> tuple[tuple[Instruction, ...], tuple[int, ...]]:
     cbpf.check(instructions)
-    out: list[Instruction] = [
+    start = [
         Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_A),
         Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_X, REG_X),
         Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_CTX, 1),
     ]
+    return _assembled(instructions, start, _straight)
+
+
+def to_loadable(instructions: Sequence[cbpf.Instruction]) -> tuple[Instruction, ...]:
+    """Translate a classic filter to a socket filter that BPF_PROG_LOAD takes (Linux 4.17); the verdicts are the same.
+
+    Raises `kbpf.FilterError` if the filter is invalid, or asks for the device's hardware type, a netlink attribute or
+    the offset of the payload, which an eBPF program cannot know.
+    """
+    cbpf.check(instructions)
+    # Unlike the kernel's own, a program that is loaded may not read a register before it is written.
+    start = [
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.K, REG_A),
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.K, REG_X),
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_CTX, 1),
+    ]
+    # Nor may it have code that nothing reaches.
+    return _assembled(instructions, start, _loadable, _reached(instructions))[0]
+
+
+def context_field(offset: int) -> list[Instruction]:
+    """Bring the ancillary word ``AD_OFF + offset`` to A (R0), with the context in R6; R1 to R5 are lost.
+
+    Raises `FilterError` for those that neither the context nor a helper gives.
+    """
+    name = cbpf.ANCILLARY[offset].name
+    if name in _CALLS:
+        return [Instruction(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS[_CALLS[name]])]
+    if name not in _FIELDS:
+        raise FilterError(f"an eBPF program cannot know the {name} of a packet")
+    field, network_order = _FIELDS[name]
+    load = Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, REG_A, REG_CTX, STRUCTS["__sk_buff"].fields[field].offset)
+    return [load, Instruction(ebpf.ALU | ebpf.END | ebpf.X, REG_A, 0, 0, 16)] if network_order else [load]
+
+
+def _loadable(instruction: cbpf.Instruction) -> list[Instruction]:
+    """Like `_straight`, with the context's fields in place of ancillary words."""
+    code, _, _, k = instruction
+    if code & 0xE7 != cbpf.LD | cbpf.ABS or k < cbpf.AD_OFF or k == cbpf.AD_OFF + 40:
+        return _straight(instruction)
+    loads = context_field(k - cbpf.AD_OFF)
+    if cbpf.ANCILLARY[k - cbpf.AD_OFF].name != "ifindex":
+        return loads
+    # No packet comes from interface 0: there is no device, and the program returns A.
+    return [
+        loads[0]._replace(dst=REG_TMP),
+        Instruction(ebpf.JMP | ebpf.JNE | ebpf.K, REG_TMP, 0, 1),
+        Instruction(ebpf.JMP | ebpf.EXIT),
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_A, REG_TMP),
+    ]
+
+
+def _reached(instructions: Sequence[cbpf.Instruction]) -> set[int]:
+    """The instructions that some path leads to; jumps only go forward."""
+    reached = {0}
+    for pc, (code, jt, jf, k) in enumerate(instructions):
+        if pc in reached and code & 7 != cbpf.RET:
+            if code == cbpf.JMP | cbpf.JA:
+                reached.add(pc + 1 + k)
+            else:
+                reached.update((pc + 1 + jt, pc + 1 + jf) if code & 7 == cbpf.JMP else (pc + 1,))
+    return reached
+
+
+def _assembled(
+    instructions: Sequence[cbpf.Instruction],
+    start: list[Instruction],
+    straight: Callable[[cbpf.Instruction], list[Instruction]],
+    wanted: set[int] | None = None,
+) -> tuple[tuple[Instruction, ...], tuple[int, ...]]:
+    """`start`, and each of the instructions, or those `wanted`, as `straight` translates it; and where each begins."""
+    out = list(start)
     starts: list[int] = []
     # (slot, index of the classic instruction it goes to)
     branches: list[tuple[int, int]] = []
     for pc, instruction in enumerate(instructions):
         starts.append(len(out))
+        if wanted is not None and pc not in wanted:
+            continue
         if instruction.code & 7 == cbpf.JMP:
             _jump(pc, instruction, out, branches)
         else:
-            out.extend(_straight(instruction))
+            out.extend(straight(instruction))
     for slot, target in branches:
         off = starts[target] - slot - 1
         if off > 0x7FFF:
