@@ -140,22 +140,25 @@ class _Emitter:
         return code.steps
 
     def _into_a(self, code: _Code, value: Value) -> None:
-        # From the value down its left sides to one that is at hand or a leaf, then back up.
-        pending: list[Value] = []
+        # From the value down one side of each operator to what is at hand or a leaf, then back up. Where both sides
+        # need work the other one waits in X or in a scratch word.
+        pending: list[tuple[Value, Value | None]] = []
         while code.state.a is not value and value not in code.state.kept and value.left is not None:
-            right = value.right
+            left, right = value.left, value.right
+            following, other = left, right
             if value.kind == "load":
-                if self._cheap_x(code, value.left):
+                if self._cheap_x(code, left):
                     break
-            elif (
-                right is not None and right.kind != "const" and not self._cheap_x(code, right) and not value.left.uses_x
-            ):
-                self._into_x(code, right)
-            pending.append(value)
-            value = value.left
+            elif right is not None and right.kind != "const" and not self._cheap_x(code, right):
+                if value.kind in COMMUTATIVE and self._cheap_x(code, left):
+                    following, other = right, left
+                elif not left.uses_x:
+                    self._into_x(code, right)
+            pending.append((value, other))
+            value = following
         self._leaf(code, value)
-        for value in reversed(pending):
-            self._apply(code, value)
+        for value, other in reversed(pending):
+            self._apply(code, value, other)
             self._keep(code, value)
 
     def _leaf(self, code: _Code, value: Value) -> None:
@@ -174,12 +177,11 @@ class _Emitter:
             code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.IND, value.k), a=value, reads_x=True)
             self._keep(code, value)
 
-    def _apply(self, code: _Code, value: Value) -> None:
-        """The instructions for `value` when A holds its left side."""
-        left, right = value.left, value.right
-        assert left is not None
+    def _apply(self, code: _Code, value: Value, other: Value | None) -> None:
+        """The instructions for `value` when A holds one side of it and `other` is the other."""
+        right = other
         if value.kind == "load":
-            code.add(stmt(cbpf.MISC | cbpf.TAX), x=left, reads_a=True)
+            code.add(stmt(cbpf.MISC | cbpf.TAX), x=value.left, reads_a=True)
             code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.IND, value.k), a=value, reads_x=True)
             return
         if value.kind == "neg":
@@ -193,6 +195,7 @@ class _Emitter:
         if self._cheap_x(code, right):
             self._into_x(code, right)
         else:
+            left = value.left if right is value.right else value.right
             slot = self._scratch()
             code.add(stmt(cbpf.ST, slot), reads_a=True)
             self._into_a(code, right)
