@@ -8,7 +8,7 @@ from __future__ import annotations
 from kbpf.emulator.packet import Packet
 from kbpf.uapi.constants import ETH_P_ARP, ETH_P_IP, ETH_P_IPV6
 
-_IPIP, _TCP, _IPV6, _FRAGMENT = 4, 6, 41, 44
+_IPIP, _TCP, _IPV6, _FRAGMENT, _GRE = 4, 6, 41, 44, 47
 #: Hop-by-hop options, routing, destination options: length in units of 8 bytes after the first 8.
 _OPTIONS = {0, 43, 60}
 #: Lengths of transport headers that have a fixed one (DCCP's and SCTP's as far as the kernel counts them).
@@ -36,7 +36,8 @@ def payload_offset(packet: Packet) -> int:
                 return 0
             transport, at = data[at + 6], at + 40
             while transport in _OPTIONS or transport == _FRAGMENT:
-                if len(data) < at + 8:
+                # Of options only type and length are looked at.
+                if len(data) < at + (8 if transport == _FRAGMENT else 2):
                     return 0
                 following = data[at]
                 if transport == _FRAGMENT:
@@ -46,6 +47,9 @@ def payload_offset(packet: Packet) -> int:
                 at += (data[at + 1] + 1) * 8
                 transport = following
         else:
+            return 0
+        at = min(at, len(data))
+        if transport == _GRE and len(data) < at + 4:
             return 0
         if transport not in (_IPIP, _IPV6):
             return _from_start(packet, _skip_transport(data, at, transport))
