@@ -154,7 +154,7 @@ def names(policy: str | Names) -> Names:
     if isinstance(policy, Names):
         return policy
     if policy == "numeric":
-        return Names(networks=None, ethers=None, hosts=None)
+        return Names(services=None, protocols=None, networks=None, ethers=None, hosts=None)
     if policy in ("system", "system+dns"):
         return Names(dns=policy == "system+dns")
     raise ValueError(f"no way to look up names {policy!r}: system, system+dns or numeric")

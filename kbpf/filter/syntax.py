@@ -1,13 +1,14 @@
-"""The typed tree of an expression: what was said, not yet what it means on some link."""
+"""The typed tree of an expression: what was said, not yet what it means on some link.
+
+Nodes are named tuples, because a process that compiles one filter would spend most of its time making dataclasses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
-@dataclass(frozen=True)
-class Qualifiers:
+class Qualifiers(NamedTuple):
     """What stands before an address, port or protocol: ``tcp dst port`` is ("tcp", "dst", "port")."""
 
     protocol: str = ""
@@ -17,22 +18,19 @@ class Qualifiers:
     type: str = ""
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A name, to be looked up as its qualifiers say."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A bare number."""
 
     value: int
 
 
-@dataclass(frozen=True)
-class Ipv4:
+class Ipv4(NamedTuple):
     """One to four numbers with dots, perhaps with a prefix length or a mask."""
 
     text: str
@@ -40,8 +38,7 @@ class Ipv4:
     mask: str | None = None
 
 
-@dataclass(frozen=True)
-class Ipv6:
+class Ipv6(NamedTuple):
     """128 bits, perhaps with a prefix length."""
 
     value: int
@@ -49,15 +46,13 @@ class Ipv6:
     prefix: int | None = None
 
 
-@dataclass(frozen=True)
-class Mac:
+class Mac(NamedTuple):
     """48 bits."""
 
     value: int
 
 
-@dataclass(frozen=True)
-class Arcnet:
+class Arcnet(NamedTuple):
     """An ARCNET address, ``$`` and one byte."""
 
     value: int
@@ -66,8 +61,7 @@ class Arcnet:
 Operand: TypeAlias = "Name | Number | Ipv4 | Ipv6 | Mac | Arcnet"
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Qualifiers and what they qualify: ``dst port 80``."""
 
     qualifiers: Qualifiers
@@ -75,23 +69,20 @@ class Match:
     position: int
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Alternatives of one kind with the same qualifiers; made when the tree is given its meaning."""
 
     matches: tuple[Match, ...]
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """A protocol's name alone: ``tcp``."""
 
     name: str
     position: int
 
 
-@dataclass(frozen=True)
-class Special:
+class Special(NamedTuple):
     """Any other primitive: ``vlan 5``, ``less 64``, ``ip broadcast``; `arguments` are as the parser's tables say."""
 
     name: str
@@ -100,20 +91,17 @@ class Special:
     arguments: tuple[int | str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Constant:
+class Constant(NamedTuple):
     """A number in arithmetic."""
 
     value: int
 
 
-@dataclass(frozen=True)
-class Length:
+class Length(NamedTuple):
     """``len``."""
 
 
-@dataclass(frozen=True, eq=False)
-class Accessor:
+class Accessor(NamedTuple):
     """``tcp[offset:size]``."""
 
     protocol: str
@@ -122,8 +110,7 @@ class Accessor:
     position: int
 
 
-@dataclass(frozen=True, eq=False)
-class Operation:
+class Operation(NamedTuple):
     """An arithmetic operator; ``neg`` has no right side."""
 
     operator: str
@@ -135,8 +122,7 @@ class Operation:
 Arithmetic: TypeAlias = "Constant | Length | Accessor | Operation"
 
 
-@dataclass(frozen=True, eq=False)
-class Relation:
+class Relation(NamedTuple):
     """``left relation right``; relations are =, !=, <, <=, >, >=."""
 
     relation: str
@@ -145,22 +131,19 @@ class Relation:
     position: int
 
 
-@dataclass(frozen=True, eq=False)
-class Not:
+class Not(NamedTuple):
     """Negation."""
 
     term: Expression
 
 
-@dataclass(frozen=True, eq=False)
-class Every:
+class Every(NamedTuple):
     """A chain of ``and``."""
 
     terms: tuple[Expression, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Some:
+class Some(NamedTuple):
     """A chain of ``or``."""
 
     terms: tuple[Expression, ...]
