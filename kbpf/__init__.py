@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.attach import attach, packet_socket
     from kbpf.runtime.backends import use_backend
     from kbpf.runtime.collection import Collection, load
-    from kbpf.runtime.filter import Filter, compile
+    from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.link import Link
     from kbpf.runtime.map import Map
     from kbpf.runtime.program import Program, RunResult, load_program
@@ -45,6 +45,7 @@ _HOMES = {
     "attach": "runtime.attach",
     "bcc": "",
     "compile": "runtime.filter",
+    "compile_ebpf": "runtime.filter",
     "emulator": "",
     "load": "runtime.collection",
     "load_program": "runtime.program",
@@ -78,6 +79,7 @@ __all__ = [
     "attach",
     "bcc",
     "compile",
+    "compile_ebpf",
     "emulator",
     "load",
     "load_program",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kbpf.emulator.packet import Packet
     from kbpf.emulator.program import ClassicProgram
     from kbpf.filter.explain import Explanation
+    from kbpf.specs import CollectionSpec, ProgramSpec
 
 # Where the network header starts in what a filter for this layout is given; transport layouts are given it too.
 _NETWORK = {"NULL": 4, "EN10MB": 14, "RAW": 0, "LINUX_SLL": 16, "LINUX_SLL2": 20}
@@ -64,6 +65,20 @@ class Filter:
     def check(self) -> None:
         """The check that Linux makes when a filter is attached; raises `FilterError` naming the instruction."""
         cbpf.check(self.instructions)
+
+    def to_ebpf(self) -> ProgramSpec:
+        """The filter as an eBPF socket filter with the same return values, for `kbpf.load_program` (Linux 4.17).
+
+        Loads from the packet stay LD_ABS and LD_IND, so it is for the same sockets; ancillary words come from the
+        context. Raises `FilterError` if the filter is invalid, or asks for what an eBPF program cannot know: the
+        device's hardware type, netlink attributes, the offset of the payload.
+        """
+        from kbpf.isa.translate import to_loadable
+        from kbpf.specs import ProgramSpec
+
+        return ProgramSpec(
+            type="socket_filter", name="filter", instructions=to_loadable(self.instructions), license="Dual MIT/GPL"
+        )
 
     def run(self, packet: bytes | bytearray | memoryview, wirelen: int | None = None) -> int:
         """Run over one packet, in user space; gives the bytes it keeps.
@@ -177,3 +192,47 @@ def compile(
         layout = backend_of(socket, None).socket_layout(socket)
     spec = compile_filter(expression, layout, snaplen=snaplen, optimize=optimize, order=order, names=names)
     return Filter.from_spec(spec)
+
+
+def compile_ebpf(
+    expression: str,
+    target: Literal["socket_filter", "sched_cls", "xdp"] = "socket_filter",
+    action: str | tuple[int, int] | None = None,
+    *,
+    link: str = "EN10MB",
+    socket: Any = None,
+    optimize: bool = True,
+    names: Literal["system", "system+dns", "numeric"] = "system",
+) -> CollectionSpec:
+    """Compile a pcap-filter(7) expression to an eBPF program, for `kbpf.load`.
+
+    The collection holds one program, ``"filter"``, and maps for lists of more than 64 addresses. The verdicts are those
+    of the classic filter, whatever the length of the packet.
+
+    `target` is the program's type, and `action` what it does with packets that match:
+
+    - ``socket_filter``: ``"keep"``, the default, returns 262144 for them and 0 for others. For packet sockets on
+      Ethernet devices, or with `socket` for that socket, or ``link="RAW"`` for devices without a link header. The first
+      of these is right under BPF_PROG_TEST_RUN too, which takes the Ethernet header off (offsets and ``len`` count
+      from it all the same). Linux 5.1.
+    - ``sched_cls``: ``"drop"``, the default, returns TC_ACT_SHOT for them and leaves others to the next classifier
+      (TC_ACT_UNSPEC); ``"pass"`` returns TC_ACT_OK for them and TC_ACT_SHOT for others. Linux 5.1.
+    - ``xdp``: ``"drop"``, the default, ``"tx"`` (others pass), or ``"pass"``, which drops the others. Linux 5.1, for
+      ``len`` 5.18.
+
+    A pair of numbers says what to return for packets that match and for others. VLAN tags are looked for in the
+    metadata and in the bytes, by XDP in the bytes only, as it runs before they are stripped.
+
+    Raises `FilterSyntaxError` and `FilterError` as `kbpf.compile` does, and `FilterError` for what a program of that
+    type cannot know and for expressions too large for it. Needs no privilege.
+    """
+    from kbpf.filter.ebpf import compile_ebpf, target_layout
+
+    layout = target_layout(target, link)
+    if socket is not None:
+        if target != "socket_filter":
+            raise FilterError(f"a program of type {target} goes on no socket")
+        from kbpf.runtime.attach import backend_of
+
+        layout = backend_of(socket, None).socket_layout(socket)
+    return compile_ebpf(expression, target, layout, action, optimize=optimize, names=names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -80,9 +81,9 @@ class Map(Resource, MutableMapping[Any, Any]):
         shape = Shape(spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags, spec.name)
         made = cls(chosen, fd, shape, spec.key_type, spec.value_type)
         try:
-            for key, value in spec.contents:
+            if spec.contents:
                 with doing(chosen, f"fill {named}", operation="map_update_elem"):
-                    chosen.map_update(fd, key, value, BPF_ANY)
+                    _fill(chosen, fd, spec)
             if spec.frozen:
                 made.freeze()
         except BaseException:
@@ -315,6 +316,17 @@ class _Values(ValuesView[Any]):
     def __iter__(self) -> Iterator[Any]:
         for _, values in self._mapping._chunks():
             yield from self._mapping.value_codec.decode_many(values)
+
+
+def _fill(chosen: Backend, fd: int, spec: MapSpec) -> None:
+    """Put the first contents in: in one batch (Linux 5.6), or one by one where the type or the kernel has none."""
+    if len(spec.contents) > 1:
+        keys, values = (b"".join(parts) for parts in zip(*spec.contents, strict=True))
+        with suppress(OSError):
+            chosen.map_update_batch(fd, keys, values, len(spec.contents))
+            return
+    for key, value in spec.contents:
+        chosen.map_update(fd, key, value, BPF_ANY)
 
 
 def _value_codec(backend: Backend, shape: Shape, type: Type | None) -> Codec:
