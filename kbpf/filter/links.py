@@ -81,6 +81,8 @@ class Headers:
         self.labels = 0
         self.vlans = 0
         self.tunnel = ""
+        #: The EtherType in the tunnel's own header, which may be Ethernet's.
+        self.tunnel_type: Value | None = None
         if layout.live and layout.start != "link":
             self._socket()
         elif not self.link:
@@ -186,10 +188,9 @@ class Headers:
     def ethernet(self, what: str) -> Condition:
         """What must hold for the link header to be Ethernet's; refuses where it cannot be."""
         if self.link == "EN10MB":
-            if self.tunnel == "geneve":
-                # A tunnel may hold a network packet without a link header.
-                assert self.header.base is not None and self.payload.base is not None
-                return negated(self.pool.compare("eq", self.header.base, self.payload.base))
+            if self.tunnel_type is not None:
+                # The tunnel may hold a network packet without a link header.
+                return self._tunnels_ethernet()
             return True
         if self.layout.live and self.layout.link_header and not self.labels and not self.tunnel and self.link != "PPP":
             hardware = self.pool.load(None, AD_OFF + 28, 4)
@@ -231,7 +232,17 @@ class Headers:
         return every(self.network_test(-2, 1, 1, 1), self.network_test(0, 1, version, 0xF0))
 
     def _type(self, k: int) -> Condition:
-        return self.pool.test("eq", self.type_word(), k)
+        inner = self.pool.test("eq", self.type_word(), k)
+        if self.tunnel_type is None:
+            return inner
+        inner = every(self._tunnels_ethernet(), inner)
+        if self.vlans or k == TRANSPARENT_ETHERNET:
+            return inner
+        return some(inner, self.pool.test("eq", self.tunnel_type, k))
+
+    def _tunnels_ethernet(self) -> Condition:
+        assert self.tunnel_type is not None
+        return self.pool.test("eq", self.tunnel_type, TRANSPARENT_ETHERNET)
 
     def type_word(self) -> Value:
         """The EtherType, or what stands for it."""
@@ -240,7 +251,8 @@ class Headers:
         return self.load(self.type, 0, 2)
 
     def is_802_3(self) -> Condition:
-        return negated(self.pool.test("gt", self.type_word(), LENGTHS))
+        length = negated(self.pool.test("gt", self.type_word(), LENGTHS))
+        return length if self.tunnel_type is None else every(self._tunnels_ethernet(), length)
 
     def llc_word(self, offset: int, size: int) -> Value:
         return self.load(self.payload, offset, size)
@@ -339,17 +351,14 @@ class Headers:
         pool = self.pool
         size = pool.const(length) if isinstance(length, int) else length
         inner = pool.op("add", start, size)
-        self.link, self.tunnel = "EN10MB", name
+        self.link, self.tunnel, self.vlans = "EN10MB", name, 0
         self.network, self.network_after_llc, self.labels = 0, 3, 0
         self.header = At(0, inner)
         if type_offset is None:
-            self.type, self.payload = At(12, inner), At(14, inner)
+            self.type, self.payload, self.tunnel_type = At(12, inner), At(14, inner), None
             return
         kind = pool.load(start, type_offset, 2)
         ethernet = self._is_zero(pool.op("xor", kind, pool.const(TRANSPARENT_ETHERNET)))
         payload = pool.op("add", inner, pool.op("mul", ethernet, pool.const(14)))
         self.payload = At(0, payload)
-        # The EtherType is in the tunnel's header, or two bytes before the payload of an inner Ethernet frame.
-        outside = pool.op("add", start, pool.const(type_offset))
-        gap = pool.op("mul", pool.op("sub", pool.op("add", inner, pool.const(12)), outside), ethernet)
-        self.type = At(0, pool.op("add", outside, gap))
+        self.type, self.tunnel_type = At(12, inner), kind
