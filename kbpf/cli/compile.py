@@ -35,7 +35,7 @@ _LINKS = {layout.dlt: name for name, layout in FILE_LAYOUTS.items()}
     help="Order of the tests: what runs fewest instructions over usual traffic, or libpcap's.",
 )
 @click.option("-O", "--no-optimize", is_flag=True, help="Leave the code as it was generated.")
-@click.option("-n", "numeric", is_flag=True, help="Look up no names of services, protocols and networks.")
+@click.option("-n", "no_dns", is_flag=True, help="Ask no name server for host names.")
 @click.option("--snaplen", type=click.IntRange(1, 0xFFFFFFFF), default=262144, show_default=True, metavar="BYTES")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.option(
@@ -50,7 +50,7 @@ def command(
     link: str,
     order: Literal["traffic", "libpcap"],
     no_optimize: bool,
-    numeric: bool,
+    no_dns: bool,
     snaplen: int,
     as_json: bool,
     batch: TextIO | None,
@@ -63,7 +63,7 @@ def command(
         "snaplen": snaplen,
         "optimize": not no_optimize,
         "order": order,
-        "names": "numeric" if numeric else "system",
+        "names": "system" if no_dns or batch is not None else "system+dns",
     }
     if batch is not None:
         if expression:

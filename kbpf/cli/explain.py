@@ -31,7 +31,7 @@ Packet = tuple[bytes, int]
     show_default=True,
     help="Order of the tests, as for `kbpf compile`.",
 )
-@click.option("-n", "numeric", is_flag=True, help="Look up no names.")
+@click.option("-n", "no_dns", is_flag=True, help="Ask no name server for host names.")
 @click.option(
     "--instructions",
     type=click.File("r"),
@@ -46,7 +46,7 @@ def command(
     expression: tuple[str, ...],
     link: str,
     order: Literal["traffic", "libpcap"],
-    numeric: bool,
+    no_dns: bool,
     instructions: TextIO | None,
     packet: str | None,
     as_json: bool,
@@ -60,7 +60,7 @@ def command(
             raise click.UsageError("--instructions and an expression exclude each other.")
         filter = kbpf.Filter(parse_numbers(instructions.read()), link=link)
     else:
-        names: Literal["system+dns", "numeric"] = "numeric" if numeric else "system+dns"
+        names: Literal["system+dns", "system"] = "system" if no_dns else "system+dns"
         filter = kbpf.compile(" ".join(expression), link=link, order=order, names=names)
     explained = filter.explain()
     path = None if packet is None else filter.path(*_packet(packet, filter))
