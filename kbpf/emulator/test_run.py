@@ -12,6 +12,7 @@ import time
 
 from kbpf.backend import RawRun
 from kbpf.emulator.context import SkBuff
+from kbpf.emulator.ethernet import received_protocol
 from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
@@ -31,8 +32,6 @@ ETH_HLEN = 14
 MOST_DATA = 3712
 _PAGE = 4096
 _LOOPBACK = 1
-#: Below this an Ethernet type is a length (ETH_P_802_3_MIN).
-_FIRST_TYPE, _ETH_P_802_2 = 0x0600, 0x0004
 _SHORTEST = {ETH_P_IP: ETH_HLEN + 20, ETH_P_IPV6: ETH_HLEN + 40}
 
 _LAYOUT = STRUCTS["__sk_buff"]
@@ -60,9 +59,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     fields = _decode(context)
     if fields["ifindex"] > _LOOPBACK:
         raise refused(errno.ENODEV)
-    protocol = int.from_bytes(data[12:14], "big")
-    if protocol < _FIRST_TYPE:
-        protocol = _ETH_P_802_2
+    protocol = received_protocol(data)
     if len(data) < _SHORTEST.get(protocol, 0):
         raise refused(errno.EINVAL)
     _check_settable(context, fields, len(data) - ETH_HLEN)

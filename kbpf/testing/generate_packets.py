@@ -14,6 +14,8 @@ HOST_MAC = bytes(6)
 
 ETH_IPV4, ETH_ARP, ETH_8021Q, ETH_IPV6, ETH_8021AD = 0x0800, 0x0806, 0x8100, 0x86DD, 0x88A8
 
+#: RARP, PPPoE, MPLS, B.A.T.M.A.N., TIPC, PTP, PRP, CFM, FCoE, HSR.
+_TYPES = (0x8035, 0x8864, 0x8847, 0x4305, 0x88CA, 0x88F7, 0x88FB, 0x8902, 0x8906, 0x892F)
 _PORTS = (22, 53, 80, 443, 7070)
 
 
@@ -57,16 +59,16 @@ def frame(rng: Random, *, host_mac: bytes = HOST_MAC, vlan: bool = False) -> byt
     elif kind < 0.8:
         ether_type, rest = ETH_ARP, struct.pack(">HHBBH", 1, ETH_IPV4, 6, 4, rng.choice((1, 2))) + rng.randbytes(20)
     else:
-        # A length, as IEEE 802.3 has it, or a type that nobody knows.
-        ether_type = rng.choice((0, rng.randrange(1536), 0x88B5, rng.randrange(0x9100, 0x10000)))
-        rest = rng.choice((b"\xff\xff", b"\xaa\xaa\x03", b"")) + payload(rng)
+        # A length, as IEEE 802.3 has it, one of the types that Linux looks into, or one that nobody knows.
+        ether_type = rng.choice((0, rng.randrange(1536), *_TYPES, rng.randrange(0x9100, 0x10000)))
+        rest = rng.choice((b"\xff\xff", b"\x11\0\0\0\0\0\0\x21", b"\x40\x0f", b"")) + payload(rng)
         if tags:
             rest += bytes(2)
     return destination + b"\x02" + rng.randbytes(5) + tags + struct.pack(">H", ether_type) + rest
 
 
 def ipv4(rng: Random) -> bytes:
-    protocol = rng.choice((1, 6, 6, 17, 17, 47, 50, rng.randrange(256)))
+    protocol = rng.choice((1, 6, 6, 17, 17, 47, 4, 41, rng.randrange(256)))
     options = rng.choice((0, 0, 0, 1, 10)) * 4
     body = transport(rng, protocol)
     fragment = rng.choice((0, 0, 0, 0x4000, 0x2000, rng.getrandbits(16)))
@@ -78,7 +80,7 @@ def ipv4(rng: Random) -> bytes:
 
 
 def ipv6(rng: Random) -> bytes:
-    protocol = rng.choice((6, 17, 58, 0, 44, rng.randrange(256)))
+    protocol = rng.choice((6, 17, 58, 0, 44, 43, 47, rng.randrange(256)))
     body = transport(rng, protocol)
     head = struct.pack(">IHBB", 6 << 28 | rng.getrandbits(28), len(body), protocol, 64)
     return head + rng.randbytes(16) + rng.randbytes(16) + body
@@ -96,6 +98,13 @@ def transport(rng: Random, protocol: int) -> bytes:
         words = rng.choice((5, 5, 8))
         body = ports + rng.randbytes(8) + bytes([words << 4, rng.getrandbits(8)]) + rng.randbytes(6)
         body += rng.randbytes(4 * words - 20) + data
+    elif protocol == 47:
+        # GRE: flags and version, then what is inside.
+        flags = rng.choice((0, 0, 0x8000, 0x2000, 0x3000, 0x2001, 0x3081, rng.getrandbits(16)))
+        inside = rng.choice((ETH_IPV4, 0x6558, 0x880B, rng.getrandbits(16)))
+        body = struct.pack(">HH", flags, inside) + data
+    elif protocol in (4, 41):
+        body = ipv4(rng) if protocol == 4 else ipv6(rng)
     elif protocol == 17:
         body = ports + struct.pack(">HH", 8 + len(data), 0) + data
     else:
