@@ -85,12 +85,13 @@ def _processor() -> Iterator[Environment]:
         os.sched_setaffinity(0, before)
 
 
-def fuzz_cbpf(seed: str, cases: Iterable[int], names: tuple[str, ...] = carriers.NAMES) -> Report:
-    """Run the cases of these numbers, over these carriers in turn."""
+def fuzz_cbpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
+    """Run the cases of these numbers, over all carriers in turn; stop after `enough` differences."""
+    names = carriers.NAMES
     report = Report("cbpf")
     emulated = carriers.emulated()
     watched = carriers.emulated(lambda program: coverage.WatchedFilter(program, report.coverage))
-    with carriers.kernel(names) as kernel:
+    with carriers.kernel() as kernel:
         for number in cases:
             case = differ.classic_case(Random(f"{seed}/cbpf/{number}"), names[number % len(names)])
             truth = differ.run_classic(kernel, case)
@@ -104,13 +105,13 @@ def fuzz_cbpf(seed: str, cases: Iterable[int], names: tuple[str, ...] = carriers
                 report.differences.append(
                     differ.classic_as_test(small, f"seed_{seed}_case_{number}", differ.run_classic(kernel, small))
                 )
-                if len(report.differences) >= _ENOUGH:
+                if len(report.differences) >= enough:
                     break
     return report
 
 
-def fuzz_ebpf(seed: str, cases: Iterable[int]) -> Report:
-    """Run the cases of these numbers."""
+def fuzz_ebpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
+    """Run the cases of these numbers; stop after `enough` differences."""
     from kbpf.emulator.backend import EmulatorBackend
     from kbpf.kernel.backend import kernel_backend
 
@@ -137,7 +138,7 @@ def fuzz_ebpf(seed: str, cases: Iterable[int]) -> Report:
                 why = differ.differences(differ.run_ebpf(kernel, small), differ.run_ebpf(emulated, small))
                 text = differ.ebpf_as_test(small, f"seed_{seed}_case_{number}")
                 report.differences.append("\n".join([*(f"# {line}" for line in why), text]))
-                if len(report.differences) >= _ENOUGH:
+                if len(report.differences) >= enough:
                     break
     return report
 

@@ -41,6 +41,12 @@ ATOMIC_OPERATIONS = (
 
 
 def arithmetic(code: Code) -> None:
+    """A few operations of two operands."""
+    for _ in range(code.rng.randrange(1, 5)):
+        _binary(code)
+
+
+def _binary(code: Code) -> None:
     rng = code.rng
     wide = rng.random() < 0.5
     kind, op = ebpf.ALU64 if wide else ebpf.ALU, rng.choice(_BINARY)
@@ -52,6 +58,11 @@ def arithmetic(code: Code) -> None:
             off = rng.choice((0, 0, 8, 16, 32) if wide else (0, 0, 8, 16))
         else:
             dst = code.changeable()
+        if op in (ebpf.DIV, ebpf.MOD) and dst != src and rng.random() < 0.4:
+            # Division by zero, and of the least number by -1, which overflows.
+            code.move(src, rng.choice((0, 0, 1, -1)))
+            if rng.random() < 0.3:
+                code.move(dst, -1 << (63 if wide else 31))
         code.emit(kind | op | ebpf.X, dst, src, off)
     else:
         dst, imm = code.target() if op == ebpf.MOV else code.changeable(), code.word()

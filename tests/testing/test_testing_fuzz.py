@@ -1,0 +1,93 @@
+"""Random programs give the same on the kernel and in the emulator, and a fault in the emulator would be seen.
+
+A few thousand here; `make fuzz` runs a hundred thousand of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kbpf.emulator import semantics
+from kbpf.isa import ebpf
+from kbpf.testing import fuzz
+from kbpf.testing.fuzz import Report, fuzz_cbpf, fuzz_ebpf
+
+pytestmark = pytest.mark.requires("kernel")
+
+FULL = os.environ.get("KBPF_FUZZ") == "full"
+
+
+@pytest.mark.requires("netns")
+def test_classic_filters_agree_on_every_kind_of_socket() -> None:
+    report = fuzz_cbpf("test", range(3000))
+    assert report.differences == []
+    assert report.share > 0.99
+
+
+def test_programs_agree() -> None:
+    report = fuzz_ebpf("test", range(1500))
+    assert report.differences == []
+    assert report.share > 0.99
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(not FULL, reason="the full run: make fuzz")
+@pytest.mark.requires("netns")
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_a_hundred_thousand_programs_agree_and_leave_nothing_out(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        assert fuzz.main([kind, "--count", "100000"]) == 0
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[int, str], int, str], None]]:
+    """Puts a wrong meaning into one of the tables of instructions."""
+
+    def put(table: dict[int, str], operation: int, meaning: str) -> None:
+        monkeypatch.setitem(table, operation, meaning)
+        semantics.factory.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    semantics.factory.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("table", "operation", "meaning"),
+    [
+        (semantics.ARITHMETIC, ebpf.ARSH, "{a} >> ({b} & {shift})"),
+        (semantics.ARITHMETIC, ebpf.MOD, "{a} % {b} if {b} else 0"),
+        (semantics.SIGNED_ARITHMETIC, ebpf.MOD, "{a} % {b} if {b} else {a}"),
+        (semantics.CONDITIONS, ebpf.JSGE, "{a} >= {b}"),
+        (semantics.CONDITIONS, ebpf.JSET, "{a} == {b}"),
+        (semantics.ATOMICS, ebpf.XOR, "{a} | {b}"),
+    ],
+)
+def test_a_wrong_instruction_is_found_and_made_small(
+    wrong: Callable[[dict[int, str], int, str], None], table: dict[int, str], operation: int, meaning: str
+) -> None:
+    wrong(table, operation, meaning)
+    report = fuzz_ebpf("wrong", range(600), enough=1)
+    assert len(report.differences) == 1
+    # A test that can be kept.
+    compile(report.differences[0], "difference", "exec")
+
+
+def test_the_command_reports_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(kind: str, count: int, *_: Any) -> Report:
+        return Report(kind, accepted=count, differences=["def test_it(): ..."])
+
+    monkeypatch.setattr(fuzz, "fuzz", run)
+    assert fuzz.main(["ebpf", "--count", "10", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["accepted"], found["differences"]) == ("ebpf", 10, ["def test_it(): ..."])
+
+
+def test_a_full_run_that_leaves_something_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "fuzz", lambda kind, count, *_: Report(kind, accepted=count))
+    assert fuzz.main(["cbpf", "--count", str(fuzz.FULL)]) == 1
