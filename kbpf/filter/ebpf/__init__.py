@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kbpf.errors import FilterError
 from kbpf.filter.ebpf.emit import emit
-from kbpf.filter.ebpf.packet import Absolute, access
+from kbpf.filter.ebpf.packet import access
 from kbpf.filter.ebpf.sets import MapPool
 from kbpf.filter.graph import Builder
 from kbpf.filter.lower import Lowering
@@ -79,9 +79,7 @@ def compile_ebpf(
     """
     layout = layout or target_layout(target)
     results = _results(target, action)
-    way = access(target, layout)
-    if isinstance(way, Absolute) and results[1]:
-        raise FilterError("on this socket a filter returns 0 for packets that are too short: so it must for no match")
+    way = access(target, layout, results[1])
     tree = parse(expression)
     pool = MapPool()
     condition: Condition = True

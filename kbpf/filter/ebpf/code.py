@@ -12,6 +12,9 @@ from kbpf.uapi.enums import HELPERS
 #: Widths of loads and stores by bytes.
 WIDTHS = {1: ebpf.B, 2: ebpf.H, 4: ebpf.W, 8: ebpf.DW}
 _MOST_DISTANCE = 0x7FFF
+# Branches on one path that the verifier comes back to (BPF_COMPLEXITY_LIMIT_JMP_SEQ).
+_MOST_BRANCHES = 8192
+_UNCONDITIONAL = (ebpf.JA, ebpf.CALL, ebpf.EXIT)
 
 
 class Code:
@@ -24,13 +27,15 @@ class Code:
         self._stack = 0
 
     def instructions(self) -> tuple[Instruction, ...]:
-        """The code with its jumps resolved. Raises `FilterError` where one does not fit 16 bits."""
+        """The code with its jumps resolved. Raises `FilterError` where it is larger than Linux takes."""
         out = list(self._out)
         for at, label in self._jumps:
             distance = self._labels[label] - at - 1
             if not -_MOST_DISTANCE <= distance <= _MOST_DISTANCE:
                 raise FilterError(f"the expression is too large for eBPF: a jump over {abs(distance)} instructions")
             out[at] = out[at]._replace(off=distance)
+        if len(self._jumps) > _MOST_BRANCHES and _branches(out) > _MOST_BRANCHES:
+            raise FilterError(f"the expression is too large for eBPF: more than {_MOST_BRANCHES} branches in a row")
         return tuple(out)
 
     def reserve(self, size: int, align: int = 8) -> int:
@@ -114,3 +119,28 @@ class Code:
 
     def exit(self) -> None:
         self.add(Instruction(ebpf.JMP | ebpf.EXIT))
+
+
+def _branches(instructions: list[Instruction]) -> int:
+    """The most conditional jumps on a path; no path comes back to where it was."""
+    most = [0] * len(instructions)
+    seen = [False] * len(instructions)
+    # A place is met again when all that follows it is known.
+    stack = [(0, False)]
+    while stack:
+        at, ready = stack.pop()
+        opcode, _, _, off, _ = instructions[at]
+        jumps = opcode & 7 in (ebpf.JMP, ebpf.JMP32)
+        operation = opcode & 0xF0 if jumps else None
+        following = [] if operation in (ebpf.JA, ebpf.EXIT) else [at + 1 + (opcode == ebpf.LD_IMM64)]
+        if jumps and operation not in (ebpf.CALL, ebpf.EXIT):
+            following.append(at + 1 + off)
+        if ready:
+            most[at] = max((most[target] for target in following), default=0) + (
+                jumps and operation not in _UNCONDITIONAL
+            )
+        elif not seen[at]:
+            seen[at] = True
+            stack.append((at, True))
+            stack += [(target, False) for target in following if not seen[target]]
+    return most[0]

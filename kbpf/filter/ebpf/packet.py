@@ -7,7 +7,7 @@ R6 is the context. A load leaves its word in R0, in host order; R1 to R5 are los
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kbpf.errors import FilterError
 from kbpf.filter.ebpf.code import WIDTHS, Code
@@ -29,15 +29,24 @@ _ETHERNET = 14
 _MOST_OFFSET = 0xFFFF
 
 
+class Needs(NamedTuple):
+    """What a program loads."""
+
+    #: Where the last load at a constant offset ends, or at the usual one.
+    extent: int
+    #: There are loads at variable offsets.
+    variable: bool
+    #: The packet's length is to be in R9.
+    length: bool
+
+
 class Access(Protocol):
     """What the emitter asks of a way to reach the packet."""
 
     #: Whether a load at a constant offset is cheaper made again than kept.
     cheap: bool
 
-    def prologue(self, code: Code, extent: int, length: bool) -> None:
-        """`extent` is where the last load at a constant offset ends; `length`: leave the packet's length in R9."""
-        ...
+    def prologue(self, code: Code, needs: Needs) -> None: ...
 
     def epilogue(self, code: Code) -> None: ...
 
@@ -45,16 +54,23 @@ class Access(Protocol):
         """Load at an offset; `checked` bytes are known to be there before, and what is returned after."""
         ...
 
-    def variable(self, code: Code, k: int, size: int) -> None:
-        """Load at R0 + `k`, a 32-bit sum."""
+    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
+        """Load at R0 + `k`, a 32-bit sum; `usual` is what R0 mostly is, where that is known."""
         ...
 
 
-def access(target: str, layout: Layout) -> Access:
-    """The way for a type of program. Raises `FilterError` for a layout that the type does not have."""
-    if target == "socket_filter":
-        return Headers() if layout.start == "link" and layout.dlt == 1 else Absolute()
-    return Direct(target)
+def access(target: str, layout: Layout, otherwise: int) -> Access:
+    """The way for a type of program that returns `otherwise` for packets that do not match.
+
+    Raises `FilterError` where the only way ends the program with another value.
+    """
+    if target != "socket_filter":
+        return Direct(target)
+    if layout.start == "link" and layout.dlt == 1:
+        return Headers(otherwise)
+    if otherwise:
+        raise FilterError("on this socket a filter returns 0 for packets that are too short: so it must for no match")
+    return Absolute()
 
 
 class Absolute:
@@ -62,9 +78,9 @@ class Absolute:
 
     cheap = False
 
-    def prologue(self, code: Code, extent: int, length: bool) -> None:
+    def prologue(self, code: Code, needs: Needs) -> None:
         code.move(CTX, 1)
-        if length:
+        if needs.length:
             code.load(4, LENGTH, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
 
     def epilogue(self, code: Code) -> None:
@@ -74,12 +90,14 @@ class Absolute:
         code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k)))
         return checked
 
-    def variable(self, code: Code, k: int, size: int) -> None:
+    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
         code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 0, 0, signed32(k)))
 
 
 class Headers:
-    """The first bytes of a frame, copied to the stack by one call; the rest by LD_IND or a call each.
+    """The first bytes of a frame, copied to the stack by one call; the rest by LD_IND.
+
+    The call costs as much as three LD_ABS, so where only the link header is asked for there is no copy.
 
     Offsets count from the link header, wherever the data starts: on a packet socket with it, under BPF_PROG_TEST_RUN
     behind it. bpf_skb_load_bytes_relative() (Linux 4.18) sees to that, but reaches only linear data; what it does not
@@ -92,20 +110,22 @@ class Headers:
     # How many of the frame's bytes are on the stack.
     _LIMIT = 7
 
-    def __init__(self) -> None:
+    def __init__(self, otherwise: int) -> None:
+        # LD_ABS ends the program with 0.
+        self._may_end = otherwise == 0
+        self._copies = True
         self._copied = self._at = self._buffer = self._offset = 0
         self._late: list[Callable[[], None]] = []
 
-    def prologue(self, code: Code, extent: int, length: bool) -> None:
+    def prologue(self, code: Code, needs: Needs) -> None:
         self._buffer, self._offset = code.reserve(4, 4), code.reserve(4, 4)
         code.move(CTX, 1)
-        self._copied = min(extent, self._MOST)
-        if length:
+        if needs.length:
             self._length(code)
-        if self._copied:
+        self._copies = needs.variable or needs.extent > _ETHERNET or not self._may_end
+        if self._copies:
+            self._copied = min(max(needs.extent, 1), self._MOST)
             self._copy(code)
-        else:
-            code.constant(self._LIMIT, 0)
 
     def _length(self, code: Code) -> None:
         """If there is a byte behind the data, counted from the link header, the data starts behind the header."""
@@ -161,8 +181,9 @@ class Headers:
 
     def constant(self, code: Code, k: int, size: int, checked: int) -> int:
         end = k + size
-        if k >= cbpf.LL_OFF:
-            code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k)))
+        if k >= cbpf.LL_OFF or not self._copies:
+            # The link header is linear in any case.
+            code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k | cbpf.LL_OFF)))
             return checked
         if end > self._copied:
             code.constant(2, k)
@@ -184,11 +205,21 @@ class Headers:
             code.network_order(1, step)
             code.alu_register(ebpf.OR, 0, 1)
 
-    def variable(self, code: Code, k: int, size: int) -> None:
+    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
         code.alu_register(ebpf.MOV, 2, 0)
         if k:
             code.alu(ebpf.ADD, 2, k)
+        done = object()
+        if usual is not None and k + usual + size <= self._copied:
+            # The stack cannot be read at variable offsets without CAP_PERFMON.
+            unusual = object()
+            code.jump(ebpf.JNE, 0, usual, unusual)
+            code.jump(ebpf.JLT, self._LIMIT, k + usual + size, REJECT)
+            self._from_stack(code, self._at + k + usual, size)
+            code.goto(done)
+            code.label(unusual)
         self._far(code, size)
+        code.label(done)
 
     def _far(self, code: Code, size: int) -> None:
         """Load at R2: within the limit it cannot fail."""
@@ -235,14 +266,14 @@ class Direct:
         self._buffer = 0
         self._late: list[Callable[[], None]] = []
 
-    def prologue(self, code: Code, extent: int, length: bool) -> None:
+    def prologue(self, code: Code, needs: Needs) -> None:
         self._buffer = code.reserve(4, 4)
         code.move(CTX, 1)
         code.load(4, self._DATA, CTX, self._context["data"].offset)
         code.load(4, self._END, CTX, self._context["data_end"].offset)
-        if length and self._skb:
+        if needs.length and self._skb:
             code.load(4, LENGTH, CTX, self._context["len"].offset)
-        elif length:
+        elif needs.length:
             code.call("xdp_get_buff_len")
             code.move(LENGTH, 0)
 
@@ -256,16 +287,23 @@ class Direct:
             code.load(size, 0, self._DATA, k)
             code.network_order(0, size)
             return checked
-        miss = self._miss(code, size, k)
+        miss, there = self._miss(code, size, k), object()
         code.move(1, self._DATA)
         code.add_to(1, end)
-        code.jump_register(ebpf.JGT, 1, self._END, miss, wide=True)
+        if self._skb:
+            # The verifier follows what does not jump first. That it knows less of the pointers there saves it from
+            # following all the rest again for those that it knows more of.
+            code.jump_register(ebpf.JLE, 1, self._END, there, wide=True)
+            code.goto(miss)
+            code.label(there)
+        else:
+            code.jump_register(ebpf.JGT, 1, self._END, miss, wide=True)
         code.load(size, 0, self._DATA, k)
         self._arrive(code, miss, size)
         # Behind a load that was made by the helper nothing is known of the pointers.
         return checked if self._skb else end
 
-    def variable(self, code: Code, k: int, size: int) -> None:
+    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
         code.alu_register(ebpf.MOV, 2, 0)
         if k:
             code.alu(ebpf.ADD, 2, k)
