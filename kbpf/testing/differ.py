@@ -7,15 +7,16 @@ difference is made small (`shrink`) and printed as a test that can be kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import TypeAlias
 
 from kbpf.backend import Backend, LoadRefused
 from kbpf.errors import EmulationFault
 from kbpf.isa import cbpf, ebpf
+from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing import carriers, generate_classic, generate_packets, shrink
 from kbpf.testing.carriers import Carrier
 from kbpf.testing.generate_ebpf import EbpfCase
@@ -225,6 +226,33 @@ def shrink_ebpf(kernel: Backend, emulated: Backend, case: EbpfCase) -> EbpfCase:
     return case
 
 
+def _map_text(spec: MapSpec) -> str:
+    """The call that makes the spec, without what is as by default."""
+    given = ((f.name, getattr(spec, f.name), f.default) for f in fields(spec))
+    return f"MapSpec({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
+
+
+def assert_same(
+    *,
+    program: Iterable[Sequence[int]],
+    maps: Sequence[MapSpec] = (),
+    runs: Iterable[tuple[bytes, bytes]],
+    by_descriptor: bool = False,
+) -> None:
+    """Raise `AssertionError` where the kernel and the emulator differ over a program."""
+    from kbpf.emulator.backend import EmulatorBackend
+    from kbpf.kernel.backend import kernel_backend
+
+    spec = ProgramSpec(instructions=tuple(ebpf.Instruction(*i) for i in program), maps=tuple(maps))
+    case = EbpfCase(spec=spec, runs=tuple(runs), by_descriptor=by_descriptor)
+    truth = run_ebpf(kernel_backend(), case)
+    if truth.refused:
+        raise AssertionError(f"the kernel refuses the program: {truth.log}")
+    found = differences(truth, run_ebpf(EmulatorBackend(), case))
+    if found:
+        raise AssertionError("\n".join(found))
+
+
 def ebpf_as_test(case: EbpfCase, name: str) -> str:
     """Source text of a test that compares both sides over the case."""
     lines = [f"def test_{name}() -> None:", "    assert_same(", "        program=["]
@@ -233,7 +261,7 @@ def ebpf_as_test(case: EbpfCase, name: str) -> str:
         for opcode, dst, src, off, imm in case.spec.instructions
     ]
     lines += ["        ],", "        maps=["]
-    lines += [f"            {spec!r}," for spec in case.spec.maps]
+    lines += [f"            {_map_text(spec)}," for spec in case.spec.maps]
     lines += ["        ],", "        runs=["]
     lines += [
         f'            (bytes.fromhex("{data.hex()}"), bytes.fromhex("{context.hex()}")),' for data, context in case.runs
