@@ -6,9 +6,10 @@ difference is made small (`shrink`) and printed as a test that can be kept.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import TypeAlias
@@ -123,6 +124,22 @@ class EbpfOutcome:
 #: Elements that one batch is asked for; more than generated maps hold.
 _ELEMENTS = 64
 _BY_DESCRIPTOR = {ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX_VALUE: ebpf.PSEUDO_MAP_VALUE}
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """Stay on one processor, the same for the kernel and the emulator, since per-CPU values depend on it."""
+    from kbpf.emulator.environment import environment
+
+    before, emulated = os.sched_getaffinity(0), environment.cpu
+    cpu = sorted(before)[os.getpid() % len(before)]
+    os.sched_setaffinity(0, {cpu})
+    environment.cpu = cpu
+    try:
+        yield
+    finally:
+        environment.cpu = emulated
+        os.sched_setaffinity(0, before)
 
 
 def run_ebpf(backend: Backend, case: EbpfCase, loaded: Callable[[int], object] | None = None) -> EbpfOutcome:
@@ -245,10 +262,11 @@ def assert_same(
 
     spec = ProgramSpec(instructions=tuple(ebpf.Instruction(*i) for i in program), maps=tuple(maps))
     case = EbpfCase(spec=spec, runs=tuple(runs), by_descriptor=by_descriptor)
-    truth = run_ebpf(kernel_backend(), case)
-    if truth.refused:
-        raise AssertionError(f"the kernel refuses the program: {truth.log}")
-    found = differences(truth, run_ebpf(EmulatorBackend(), case))
+    with one_processor():
+        truth = run_ebpf(kernel_backend(), case)
+        if truth.refused:
+            raise AssertionError(f"the kernel refuses the program: {truth.log}")
+        found = differences(truth, run_ebpf(EmulatorBackend(), case))
     if found:
         raise AssertionError("\n".join(found))
 

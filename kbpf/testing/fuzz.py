@@ -20,13 +20,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from random import Random
-from typing import TYPE_CHECKING
 
 from kbpf.testing import carriers, coverage, differ, generate_ebpf
 from kbpf.testing.generate_ebpf import MAP_TYPES
-
-if TYPE_CHECKING:
-    from kbpf.emulator.environment import Environment
 
 KINDS = ("cbpf", "ebpf")
 #: From this many programs on, a run must cover everything.
@@ -69,22 +65,6 @@ class Report:
         return sorted(required - self.coverage.keys())
 
 
-@contextmanager
-def _processor() -> Iterator[Environment]:
-    """Stay on one processor, the same for the kernel and the emulator, since per-CPU values depend on it."""
-    from kbpf.emulator.environment import environment
-
-    before, emulated = os.sched_getaffinity(0), environment.cpu
-    cpu = sorted(before)[os.getpid() % len(before)]
-    os.sched_setaffinity(0, {cpu})
-    environment.cpu = cpu
-    try:
-        yield environment
-    finally:
-        environment.cpu = emulated
-        os.sched_setaffinity(0, before)
-
-
 def fuzz_cbpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
     """Run the cases of these numbers, over all carriers in turn; stop after `enough` differences."""
     names = carriers.NAMES
@@ -117,7 +97,7 @@ def fuzz_ebpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
 
     report = Report("ebpf")
     kernel, emulated = kernel_backend(), EmulatorBackend()
-    with _processor():
+    with differ.one_processor():
         for number in cases:
             case = generate_ebpf.generate(Random(f"{seed}/ebpf/{number}"))
             truth = differ.run_ebpf(kernel, case)

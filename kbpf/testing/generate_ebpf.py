@@ -260,8 +260,11 @@ class _Writer:
         counter = rng.choice(counters)
         kind = rng.choice((ebpf.ALU64, ebpf.ALU))
         jump = ebpf.JMP if kind == ebpf.ALU64 or rng.random() < 0.5 else ebpf.JMP32
-        # At a may_goto the verifier forgets what numbers are, those of an outer loop's counter too.
-        form = rng.choice(("down", "up", "tested", "may_goto") if not code.nesting else ("down", "up", "tested"))
+        forms = ["down", "up", "tested"]
+        if code.main and not code.nesting:
+            # At a may_goto the verifier forgets what numbers are, those of an outer loop's counter too.
+            forms.append("may_goto")
+        form = rng.choice(forms)
         if form in ("tested", "may_goto") and rng.random() < 0.6:
             source = code.scalar()
             code.emit(kind | ebpf.MOV | ebpf.X, counter, source)

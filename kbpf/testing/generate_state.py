@@ -94,11 +94,14 @@ class State:
         self.spills = {slot: held for slot, held in self.spills.items() if not stale(held)}
 
     def weaken(self) -> None:
-        """Keep what every turn of a loop finds again: numbers that calls save, the context, numbers on the stack."""
+        """Keep what every turn of a loop finds again: numbers that calls save, the context, whole words of stack."""
         for number, held in enumerate(self.registers[: ebpf.FP]):
             if number < 6 or (isinstance(held, Pointer) and held.region != "context"):
                 self.registers[number] = None
         self.spills.clear()
+        for slot in range(-ebpf.STACK_SIZE, 0, 8):
+            if not self.is_ready(slot, 8):
+                self.ready &= ~stack_bits(slot, 8)
 
 
 def merge(a: State | None, b: State | None) -> State | None:
