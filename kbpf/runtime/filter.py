@@ -218,7 +218,7 @@ def compile_ebpf(
     - ``sched_cls``: ``"drop"``, the default, returns TC_ACT_SHOT for them and leaves others to the next classifier
       (TC_ACT_UNSPEC); ``"pass"`` returns TC_ACT_OK for them and TC_ACT_SHOT for others. Linux 5.1.
     - ``xdp``: ``"drop"``, the default, ``"tx"`` (others pass), or ``"pass"``, which drops the others. Linux 5.1, for
-      ``len`` 5.18.
+      ``len`` and offsets that may be beyond 2,048 bytes 5.18.
 
     A pair of numbers says what to return for packets that match and for others. VLAN tags are looked for in the
     metadata and in the bytes, by XDP in the bytes only, as it runs before they are stripped.

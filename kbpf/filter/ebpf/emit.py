@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 from kbpf.filter.ebpf.code import Code
-from kbpf.filter.ebpf.packet import ACCEPT, LENGTH, REJECT, Access, Needs, metadata
+from kbpf.filter.ebpf.packet import ACCEPT, LENGTH, REJECT, Access, Needs, metadata, usual_offset
 from kbpf.filter.ebpf.sets import Membership
 from kbpf.filter.graph import Node, Successor, in_order
 from kbpf.filter.values import M32, Test, Value
@@ -128,7 +128,7 @@ class _Emitter:
 
     def _needs(self) -> Needs:
         loads = [value for value in self.uses if value.kind == "load" and value.k < cbpf.LL_OFF]
-        ends = [value.k + (_usual(value.left) or 0) + value.size for value in loads if _near(value.left)]
+        ends = [at + value.size for value in loads if (at := usual_offset(value)) is not None]
         variable = any(value.left is not None for value in loads)
         return Needs(max(ends, default=0), variable, any(value.kind == "len" for value in self.uses))
 
@@ -298,7 +298,7 @@ class _Emitter:
 
     def _load(self, value: Value) -> None:
         if value.left is not None:
-            self.access.variable(self.code, value.k, value.size, _usual(value.left))
+            self.access.variable(self.code, value)
         elif value.k >= cbpf.AD_OFF:
             metadata(self.code, value.k, self.target)
         else:
@@ -317,12 +317,3 @@ def _label(successor: Successor) -> Hashable:
     if isinstance(successor, bool):
         return ACCEPT if successor else REJECT
     return successor
-
-
-def _usual(base: Value | None) -> int | None:
-    """What the variable part of an offset mostly is: the length of an IPv4 header is 20."""
-    return 20 if base is not None and base.kind == "lsh" and base.top == 60 else None
-
-
-def _near(base: Value | None) -> bool:
-    return base is None or _usual(base) is not None

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from kbpf.errors import FilterError
 from kbpf.filter.ebpf.code import WIDTHS, Code
+from kbpf.filter.values import Value
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import FP, Instruction, signed32
 from kbpf.isa.translate import context_field
@@ -54,8 +55,8 @@ class Access(Protocol):
         """Load at an offset; `checked` bytes are known to be there before, and what is returned after."""
         ...
 
-    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
-        """Load at R0 + `k`, a 32-bit sum; `usual` is what R0 mostly is, where that is known."""
+    def variable(self, code: Code, load: Value) -> None:
+        """Load at R0, which is the variable part of the offset, plus the constant one: a 32-bit sum."""
         ...
 
 
@@ -90,8 +91,8 @@ class Absolute:
         code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k)))
         return checked
 
-    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
-        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 0, 0, signed32(k)))
+    def variable(self, code: Code, load: Value) -> None:
+        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[load.size], 0, 0, 0, signed32(load.k)))
 
 
 class Headers:
@@ -205,17 +206,16 @@ class Headers:
             code.network_order(1, step)
             code.alu_register(ebpf.OR, 0, 1)
 
-    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
-        code.alu_register(ebpf.MOV, 2, 0)
-        if k:
-            code.alu(ebpf.ADD, 2, k)
+    def variable(self, code: Code, load: Value) -> None:
+        size, usual = load.size, usual_offset(load)
+        _offset(code, load.k)
         done = object()
-        if usual is not None and k + usual + size <= self._copied:
+        if usual is not None and usual + size <= self._copied:
             # The stack cannot be read at variable offsets without CAP_PERFMON.
             unusual = object()
-            code.jump(ebpf.JNE, 0, usual, unusual)
-            code.jump(ebpf.JLT, self._LIMIT, k + usual + size, REJECT)
-            self._from_stack(code, self._at + k + usual, size)
+            code.jump(ebpf.JNE, 2, usual, unusual)
+            code.jump(ebpf.JLT, self._LIMIT, usual + size, REJECT)
+            self._from_stack(code, self._at + usual, size)
             code.goto(done)
             code.label(unusual)
         self._far(code, size)
@@ -254,11 +254,13 @@ class Headers:
 class Direct:
     """Pointers into the packet: R7 to its start, R8 to its end. Linux 4.7 for sched_cls, 4.8 for xdp.
 
-    In sched_cls they span only the linear part; what is behind it is loaded by bpf_skb_load_bytes().
+    They span only the linear part; what may be behind it is loaded by bpf_skb_load_bytes(), or bpf_xdp_load_bytes()
+    (Linux 5.18). XDP has more than half a page in it.
     """
 
     cheap = True
     _DATA, _END = 7, 8
+    _LINEAR = 2048
 
     def __init__(self, target: str) -> None:
         self._skb = target == "sched_cls"
@@ -281,16 +283,16 @@ class Direct:
         end = k + size
         if end > 0x7FFF:
             code.constant(2, k)
-            self._at_register(code, size)
+            self._at_register(code, size, end)
             return checked
         if end <= checked:
             code.load(size, 0, self._DATA, k)
             code.network_order(0, size)
             return checked
-        miss, there = self._miss(code, size, k), object()
+        miss, there = self._miss(code, size, k, end), object()
         code.move(1, self._DATA)
         code.add_to(1, end)
-        if self._skb:
+        if miss is not REJECT:
             # The verifier follows what does not jump first. That it knows less of the pointers there saves it from
             # following all the rest again for those that it knows more of.
             code.jump_register(ebpf.JLE, 1, self._END, there, wide=True)
@@ -301,16 +303,15 @@ class Direct:
         code.load(size, 0, self._DATA, k)
         self._arrive(code, miss, size)
         # Behind a load that was made by the helper nothing is known of the pointers.
-        return checked if self._skb else end
+        return end if miss is REJECT else checked
 
-    def variable(self, code: Code, k: int, size: int, usual: int | None) -> None:
-        code.alu_register(ebpf.MOV, 2, 0)
-        if k:
-            code.alu(ebpf.ADD, 2, k)
-        self._at_register(code, size)
+    def variable(self, code: Code, load: Value) -> None:
+        assert load.left is not None
+        _offset(code, load.k)
+        self._at_register(code, load.size, load.left.top + load.k + load.size)
 
-    def _at_register(self, code: Code, size: int) -> None:
-        miss = self._miss(code, size, None)
+    def _at_register(self, code: Code, size: int, end: int) -> None:
+        miss = self._miss(code, size, None, end)
         code.jump(ebpf.JGT, 2, _MOST_OFFSET - size, miss, wide=True)
         code.move(1, self._DATA)
         code.add(Instruction(ebpf.ALU64 | ebpf.ADD | ebpf.X, 1, 2))
@@ -320,9 +321,9 @@ class Direct:
         code.load(size, 0, 1, 0)
         self._arrive(code, miss, size)
 
-    def _miss(self, code: Code, size: int, k: int | None) -> object:
-        """Where a load goes that is not in the linear part: at offset `k`, or at R2."""
-        if not self._skb:
+    def _miss(self, code: Code, size: int, k: int | None, end: int) -> object:
+        """Where a load goes that is not in the linear part: at offset `k`, or at R2. It ends at `end` at the latest."""
+        if not self._skb and end <= self._LINEAR:
             return REJECT
         miss = object()
 
@@ -333,7 +334,7 @@ class Direct:
             code.address(3, self._buffer)
             code.constant(4, size)
             code.move(1, CTX)
-            code.call("skb_load_bytes")
+            code.call("skb_load_bytes" if self._skb else "xdp_load_bytes")
             code.jump(ebpf.JNE, 0, 0, REJECT)
             code.load(size, 0, FP, self._buffer)
             code.goto(("back", miss))
@@ -342,13 +343,27 @@ class Direct:
         return miss
 
     def _arrive(self, code: Code, miss: object, size: int) -> None:
-        if self._skb:
+        if miss is not REJECT:
             code.label(("back", miss))
         code.network_order(0, size)
 
     def epilogue(self, code: Code) -> None:
         for late in self._late:
             late()
+
+
+def usual_offset(load: Value) -> int | None:
+    """Where a load mostly is: the offset, or behind an IPv4 header, which mostly has 20 bytes."""
+    if load.left is None:
+        return load.k
+    return load.k + 20 if load.left.kind == "lsh" and load.left.top == 60 else None
+
+
+def _offset(code: Code, k: int) -> None:
+    """R0 + `k` into R2."""
+    code.alu_register(ebpf.MOV, 2, 0)
+    if k:
+        code.alu(ebpf.ADD, 2, k)
 
 
 def metadata(code: Code, k: int, target: str) -> None:
