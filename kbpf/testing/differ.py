@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -171,8 +172,12 @@ def run_ebpf(backend: Backend, case: EbpfCase, loaded: Callable[[int], object] |
         stack.callback(backend.close, program)
         if loaded is not None:
             loaded(program)
+        for fd, wanted in zip(maps, spec.maps, strict=True):
+            if wanted.type == "prog_array":
+                backend.map_update(fd, bytes(4), program.to_bytes(4, sys.byteorder))
         runs = tuple(_run(backend, program, data, context) for data, context in case.runs)
-        return EbpfOutcome(runs, tuple(_contents(backend, fd) for fd in maps))
+        shown = [fd for fd, wanted in zip(maps, spec.maps, strict=True) if wanted.type != "prog_array"]
+        return EbpfOutcome(runs, tuple(_contents(backend, fd) for fd in shown))
 
 
 def last_words(log: str) -> str:
@@ -196,7 +201,7 @@ def _run(backend: Backend, program: int, data: bytes, context: bytes) -> tuple[i
 def _contents(backend: Backend, fd: int) -> dict[bytes, bytes]:
     info = backend.map_info(fd)
     size = info.value_size
-    if info.type.startswith("percpu"):
+    if "percpu" in info.type:
         size = (size + 7) // 8 * 8 * backend.possible_cpus()
     batch = backend.map_lookup_batch(fd, None, _ELEMENTS, info.key_size, size)
     assert batch.token is None

@@ -61,7 +61,9 @@ class Report:
 
     def missing(self) -> list[str]:
         """What should have been covered and was not."""
-        required = coverage.required_classic() if self.kind == "cbpf" else coverage.required_ebpf(MAP_TYPES)
+        required = (
+            coverage.required_classic() if self.kind == "cbpf" else coverage.required_ebpf((*MAP_TYPES, "prog_array"))
+        )
         return sorted(required - self.coverage.keys())
 
 

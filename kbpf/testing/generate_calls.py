@@ -53,14 +53,14 @@ def _address(code: Code, register: int, slot: int) -> None:
 
 
 def _map(code: Code) -> int:
-    return code.rng.randrange(1, len(code.maps))
+    return code.rng.choice([n for n, spec in enumerate(code.maps) if n and spec.type != "prog_array"])
 
 
 def lookup(code: Code) -> None:
     """Look an element up; where there is none, go on without it or somewhere else."""
     rng, index = code.rng, _map(code)
     slot = _key(code, index)
-    per_cpu = code.maps[index].type in ("percpu_array", "percpu_hash") and rng.random() < 0.3
+    per_cpu = "percpu" in code.maps[index].type and rng.random() < 0.3
     _address(code, 2, slot)
     code.load_map(1, index)
     if per_cpu:
@@ -184,6 +184,23 @@ def _plain(name: str) -> Callable[[Code], None]:
     return lambda code: call(code, name)
 
 
+def tail_call(code: Code) -> None:
+    """Begin again, where the program array has the program; else go on. R0 is nothing then."""
+    array = [index for index, spec in enumerate(code.maps) if spec.type == "prog_array"]
+    if not array or not code.main:
+        return
+    rng = code.rng
+    # The program is at 0, nothing at 1, and there is no 2.
+    if rng.random() < 0.5:
+        code.emit(ebpf.ALU64 | ebpf.MOV | ebpf.K, 3, 0, 0, rng.choice((0, 0, 0, 1, 2)))
+    else:
+        code.emit(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, code.small(3))
+    code.load_map(2, array[0])
+    code.emit(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, CONTEXT_REGISTER)
+    call(code, "tail_call")
+    code.set(0, None)
+
+
 def process_name(code: Code) -> None:
     slot = code.slot(16)
     _address(code, 1, slot)
@@ -197,6 +214,7 @@ HELPER_ITEMS: dict[str, tuple[Callable[[Code], None], int]] = {
     "map_lookup_elem": (lookup, 12),
     "map_update_elem": (update, 8),
     "map_delete_elem": (delete, 4),
+    "tail_call": (tail_call, 4),
     "skb_load_bytes": (packet_bytes, 5),
     "ktime_get_ns": (_open("ktime_get_ns"), 1),
     "ktime_get_boot_ns": (_open("ktime_get_boot_ns"), 1),

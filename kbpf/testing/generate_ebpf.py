@@ -30,9 +30,13 @@ CONDITIONS = (
 #: Where a program writes what it ended with: ten registers and as many words of its stack.
 _WORDS_SHOWN = 20
 RESULTS = MapSpec(type="array", key_size=4, value_size=8 * _WORDS_SHOWN, max_entries=1)
+#: Where a program that calls itself finds itself, at 0.
+PROGRAMS = MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=2)
 _WINDOW = 32
 #: The types of the other maps.
-MAP_TYPES = ("array", "hash", "percpu_array", "percpu_hash")
+MAP_TYPES = ("array", "hash", "percpu_array", "percpu_hash", "lru_hash", "lru_percpu_hash")
+#: So many that an LRU map has room for all keys in use: what it would evict, Linux leaves open.
+_LRU_ENTRIES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class _Signature:
 def generate(rng: Random) -> EbpfCase:
     """A program and its runs."""
     maps = (RESULTS, *(_map(rng) for _ in range(rng.randrange(1, 4))))
+    if rng.random() < 0.15:
+        maps = (*maps, PROGRAMS)
     spec = ProgramSpec(instructions=tuple(_Writer(rng, maps).instructions()), maps=maps)
     runs = tuple(run(rng) for _ in range(rng.randrange(1, 4)))
     return EbpfCase(spec=spec, runs=runs, by_descriptor=rng.random() < 0.2)
@@ -89,13 +95,18 @@ def _map(rng: Random) -> MapSpec:
     value_size = rng.choice((8, 16, 24, 48))
     entries = rng.choice((1, 4)) if kind == "array" else rng.choice((3, 6))
     key_size = 4 if "array" in kind else rng.choice((4, 4, 8, 12))
-    flags = BPF_F_NO_PREALLOC if "hash" in kind and rng.random() < 0.5 else 0
+    flags = BPF_F_NO_PREALLOC if kind in ("hash", "percpu_hash") and rng.random() < 0.5 else 0
     contents: list[tuple[bytes, bytes]] = []
-    if not kind.startswith("percpu"):
+    if "percpu" not in kind:
         for number in rng.sample(range(entries), rng.randrange(entries + 1)):
             contents.append((number.to_bytes(4, "little").ljust(key_size, b"\0"), rng.randbytes(value_size)))
     return MapSpec(
-        type=kind, key_size=key_size, value_size=value_size, max_entries=entries, flags=flags, contents=tuple(contents)
+        type=kind,
+        key_size=key_size,
+        value_size=value_size,
+        max_entries=_LRU_ENTRIES if "lru" in kind else entries,
+        flags=flags,
+        contents=tuple(contents),
     )
 
 
@@ -106,7 +117,10 @@ class _Writer:
         self.rng = rng
         self.maps = maps
         dice = rng.random()
-        count = 0 if dice < 0.65 else rng.randrange(1, 4) if dice < 0.98 else ebpf.MAX_CALL_FRAMES - 1
+        # Tail calls do not go together with functions that have no BTF.
+        count = (
+            0 if dice < 0.65 or PROGRAMS in maps else rng.randrange(1, 4) if dice < 0.98 else ebpf.MAX_CALL_FRAMES - 1
+        )
         self.deep = count > 3
         self.signatures = [self._signature(maps) for _ in range(count)]
         self.called: set[int] = set()
