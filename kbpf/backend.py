@@ -138,6 +138,18 @@ class Backend(Protocol):
 
     def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int: ...
 
+    def map_contains(self, fd: int, value: bytes) -> bool:
+        """Whether a bloom filter has (perhaps) seen the value."""
+        ...
+
+    def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
+        """mmap(2) of a map: a ring buffer's positions and data (once), an array's values with BPF_F_MMAPABLE.
+
+        A ring buffer has a page with the consumer's position (the only one that may be writable), a page with the
+        producer's, then `max_entries` bytes of data.
+        """
+        ...
+
     def map_freeze(self, fd: int) -> None: ...
 
     # Programs.

@@ -11,13 +11,14 @@ import errno
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
 from kbpf.emulator import maps, network, sockets, test_run
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
-from kbpf.emulator.maps.file import MapFile
+from kbpf.emulator.maps.file import MapFile, release
+from kbpf.emulator.maps.perf import PerfBuffer
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
@@ -25,6 +26,9 @@ from kbpf.specs import Layout, MapSpec, ProgramSpec
 
 FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
+
+
+Handle: TypeAlias = "MapFile | Program | PerfBuffer"
 
 
 class EmulatorBackend:
@@ -35,7 +39,7 @@ class EmulatorBackend:
     verifies = False
 
     def __init__(self) -> None:
-        self._handles: dict[int, MapFile | Program] = {}
+        self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(FIRST_DESCRIPTOR)
         self._pins: dict[str, Map | Program] = {}
 
@@ -43,8 +47,10 @@ class EmulatorBackend:
         return environment.cpus
 
     def close(self, fd: int) -> None:
-        self._handle(fd)
+        handle = self._handle(fd)
         del self._handles[fd]
+        if isinstance(handle, MapFile):
+            handle.closed()
 
     def duplicate(self, fd: int) -> int:
         return self._open(self._handle(fd))
@@ -68,15 +74,24 @@ class EmulatorBackend:
     def map(self, fd: int) -> Map:
         return self.map_file(fd).map
 
-    def _handle(self, fd: int) -> MapFile | Program:
+    def perf_buffer_of(self, fd: int) -> PerfBuffer:
+        """The buffer behind a descriptor; EBADF or EINVAL."""
+        found = self._handle(fd)
+        if not isinstance(found, PerfBuffer):
+            raise refused(errno.EINVAL)
+        return found
+
+    def _handle(self, fd: int) -> Handle:
         handle = self._handles.get(fd)
         if handle is None:
             raise refused(errno.EBADF)
         return handle
 
-    def _open(self, handle: MapFile | Program) -> int:
+    def _open(self, handle: Handle) -> int:
         fd = next(self._numbers)
         self._handles[fd] = handle
+        if isinstance(handle, MapFile):
+            handle.opened()
         return fd
 
     def _reopen(self, found: Map | Program, flags: int = 0) -> int:
@@ -85,7 +100,7 @@ class EmulatorBackend:
     # Maps.
 
     def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
-        return self._open(MapFile(maps.create(spec, self.program), spec.flags))
+        return self._open(MapFile(maps.create(spec, self, inner), spec.flags))
 
     def map_info(self, fd: int) -> MapInfo:
         found = self.map(fd)
@@ -149,6 +164,21 @@ class EmulatorBackend:
     def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int:
         return self.map_file(fd).delete_batch(keys, count, flags)
 
+    def map_contains(self, fd: int, value: bytes) -> bool:
+        network.settle()
+        return self.map_file(fd).contains(value)
+
+    def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
+        network.settle()
+        found = self._handle(fd)
+        if isinstance(found, Program):
+            raise refused(errno.ENODEV)
+        return found.memory(offset, size, writable)
+
+    def perf_buffer(self, cpu: int, pages: int = 8) -> int:
+        """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`."""
+        return self._open(PerfBuffer(cpu, pages))
+
     def map_freeze(self, fd: int) -> None:
         self.map_file(fd).freeze()
 
@@ -179,12 +209,21 @@ class EmulatorBackend:
             raise refused(errno.EPERM)
         if path in self._pins:
             raise refused(errno.EEXIST)
-        self._pins[path] = found.map if isinstance(found, MapFile) else found
+        if isinstance(found, MapFile):
+            found.map.users += 1
+            self._pins[path] = found.map
+        elif isinstance(found, Program):
+            self._pins[path] = found
+        else:
+            raise refused(errno.EINVAL)
 
     def unpin(self, path: str) -> None:
         """What unlink(2) does on the BPF file system."""
-        if self._pins.pop(path, None) is None:
+        found = self._pins.pop(path, None)
+        if found is None:
             raise refused(errno.ENOENT)
+        if isinstance(found, Map):
+            release(found)
 
     def open_pinned(self, path: str, flags: int = 0) -> int:
         found = self._pins.get(path)

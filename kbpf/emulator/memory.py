@@ -132,6 +132,12 @@ class Space:
         region = REGIONS.get(address >> 32)
         return None if region is None or region.owner is None or address & M32 else region.owner()
 
+    def forget(self, region: Region) -> None:
+        """The region is gone for this run; who holds its address faults."""
+        self.readable.pop(region.number, None)
+        self.writable.pop(region.number, None)
+        REGIONS.pop(region.number, None)
+
     def _readable(self, address: int, size: int) -> tuple[Buffer, int]:
         number, offset = address >> 32, address & M32
         buffer = self.readable.get(number)

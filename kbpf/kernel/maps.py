@@ -7,6 +7,7 @@ or a key shorter than its key, would have it touch memory behind the buffer.
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,19 @@ class MapCommands:
     def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int:
         memory = syscall.Buffer(keys)
         return _change_batch("map_delete_batch", map_fd=fd, keys=memory.address, count=count, elem_flags=flags)
+
+    def map_contains(self, fd: int, value: bytes) -> bool:
+        try:
+            syscall.element(COMMANDS["map_lookup_elem"], fd, None, value)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, access, offset=offset))
 
     def map_freeze(self, fd: int) -> None:
         command("map_freeze", map_fd=fd)

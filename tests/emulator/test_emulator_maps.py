@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from mapcode import attempt, create
 from sides import Side
 
 from kbpf.backend import Batch
@@ -23,18 +23,10 @@ pytestmark = pytest.mark.requires("kernel")
 FLAGS = [1 << bit for bit in range(15)]
 
 
-def attempt(action: Callable[[], Any]) -> Any:
-    """What an action gives, or the name of its errno and how far it came."""
-    try:
-        return action()
-    except OSError as error:
-        return errno.errorcode.get(error.errno or 0, error.errno), getattr(error, "done", None)
-
-
 @contextmanager
 def pair(kernel: Side, emulator: Side, spec: MapSpec) -> Iterator[tuple[int, int]]:
     """The same map on both sides."""
-    fds = kernel.backend.map_create(spec), emulator.backend.map_create(spec)
+    fds = create(kernel, spec), create(emulator, spec)
     try:
         yield fds
     finally:
@@ -43,11 +35,11 @@ def pair(kernel: Side, emulator: Side, spec: MapSpec) -> Iterator[tuple[int, int
 
 
 def creation(side: Side, spec: MapSpec) -> object:
-    def create() -> str:
-        side.backend.close(side.backend.map_create(spec))
+    def try_it() -> str:
+        side.backend.close(create(side, spec))
         return "created"
 
-    return attempt(create)
+    return attempt(try_it)
 
 
 SIZES = (0, 1, 4, 5, 8, 16, 260, 261, 32768, 32769)
@@ -70,7 +62,9 @@ CHANGES: list[dict[str, Any]] = [
     {"map_extra": 1},
     {"map_extra": 16},
 ]
-HASHED = {"key_size": 4, "value_size": 8, "max_entries": 5}
+HASHED: dict[str, Any] = {"key_size": 4, "value_size": 8, "max_entries": 5}
+DESCRIPTORS = {**HASHED, "value_size": 4}
+KEYLESS = {**HASHED, "key_size": 0}
 GOOD: dict[str, dict[str, Any]] = {
     "array": HASHED,
     "percpu_array": HASHED,
@@ -79,9 +73,15 @@ GOOD: dict[str, dict[str, Any]] = {
     "lru_hash": HASHED,
     "lru_percpu_hash": HASHED,
     "lpm_trie": {**HASHED, "key_size": 8, "flags": uapi.BPF_F_NO_PREALLOC},
-    "prog_array": {**HASHED, "value_size": 4},
-    "queue": {**HASHED, "key_size": 0},
-    "stack": {**HASHED, "key_size": 0},
+    "prog_array": DESCRIPTORS,
+    "array_of_maps": {**DESCRIPTORS, "inner": MapSpec(type="hash", **HASHED)},
+    "hash_of_maps": {**DESCRIPTORS, "inner": MapSpec(type="array", **HASHED)},
+    "queue": KEYLESS,
+    "stack": KEYLESS,
+    "bloom_filter": KEYLESS,
+    "ringbuf": {"max_entries": 4096},
+    "perf_event_array": DESCRIPTORS,
+    "stack_trace": HASHED,
 }
 
 

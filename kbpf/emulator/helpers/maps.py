@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import Code, HelperFunction, Run
 from kbpf.emulator.maps.base import Map
-from kbpf.emulator.maps.prog_array import ProgArray
+from kbpf.emulator.maps.bloom import BloomFilter
+from kbpf.emulator.maps.descriptors import ProgArray
 from kbpf.errors import EmulationFault
 
 
@@ -72,6 +74,8 @@ def map_pop_elem(run: Run, map: int, value: int, *_: int) -> int:
 
 def map_peek_elem(run: Run, map: int, value: int, *_: int) -> int:
     found = map_at(run, map)
+    if isinstance(found, BloomFilter):
+        return 0 if found.contains(run.read(value, found.value_size)) else -errno.ENOENT
     return _out(run, found, value, found.peek)
 
 

@@ -11,17 +11,18 @@ import errno
 import itertools
 import mmap
 import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 from kbpf.emulator.environment import environment
-from kbpf.emulator.memory import M32, Region
+from kbpf.emulator.memory import M32, MutableBuffer, Region
 from kbpf.errors import ENOTSUPP, EmulationFault
 from kbpf.specs import MapSpec
 from kbpf.uapi import constants as uapi
 
-_ACCESS = uapi.BPF_F_RDONLY | uapi.BPF_F_WRONLY | uapi.BPF_F_RDONLY_PROG | uapi.BPF_F_WRONLY_PROG
+if TYPE_CHECKING:
+    from kbpf.emulator.maps.perf import PerfBuffer
+
 #: Above this, memory is taken from mmap(2), which gives pages when they are touched.
 _LAZY_SIZE = 1 << 20
 
@@ -40,6 +41,24 @@ def round8(size: int) -> int:
     return size + 7 & ~7
 
 
+def page_buffer(size: int) -> MutableBuffer:
+    """Zeroed memory; where it is much, pages that are taken when they are touched. ENOMEM if there is none."""
+    try:
+        return bytearray(size) if size < _LAZY_SIZE else mmap.mmap(-1, size)
+    except (MemoryError, OSError, OverflowError):
+        raise refused(errno.ENOMEM) from None
+
+
+class Descriptors(Protocol):
+    """What descriptors stand for, which some maps take as values; EBADF, or EINVAL for one of another kind."""
+
+    def program(self, fd: int) -> Any: ...
+
+    def map(self, fd: int) -> Map: ...
+
+    def perf_buffer_of(self, fd: int) -> PerfBuffer: ...
+
+
 class Map:
     """A map. Keys and values are bytes of the map's sizes; failures are `OSError` with the kernel's errno."""
 
@@ -53,9 +72,10 @@ class Map:
     #: Queues and stacks have no keys.
     keyless: ClassVar[bool] = False
 
-    def __init__(self, spec: MapSpec, programs: Callable[[int], Any]) -> None:
-        """`programs` gives the program behind a descriptor, for maps that take such as values."""
-        self.programs = programs
+    def __init__(self, spec: MapSpec, descriptors: Descriptors, inner: int | None = None) -> None:
+        """`inner` is the descriptor of the template, for maps of maps."""
+        self.descriptors = descriptors
+        self.inner = inner or 0
         if spec.map_extra and spec.type != "bloom_filter":
             raise refused(errno.EINVAL)
         if spec.flags & uapi.BPF_F_RDONLY and spec.flags & uapi.BPF_F_WRONLY:
@@ -68,7 +88,11 @@ class Map:
         self.map_extra = spec.map_extra
         self.cpus = environment.cpus
         self.check_creation()
+        # Those are rights of the descriptor, not the map's.
+        self.flags &= ~(uapi.BPF_F_RDONLY | uapi.BPF_F_WRONLY)
         self.frozen = False
+        #: Files and pins by which user space holds the map.
+        self.users = 0
         self.allocate()
         self.name = object_name(spec.name)
         self.id = next(_ids)
@@ -125,6 +149,23 @@ class Map:
         """Up to `count` keys and values from `token` on, and where to go on; None at the end."""
         raise refused(ENOTSUPP)
 
+    def put_through(self, file: object, key: bytes) -> None:
+        """User space has updated an element through a descriptor of this file."""
+
+    def closed(self, file: object) -> None:
+        """The last descriptor of a file is closed."""
+
+    def abandoned(self) -> None:
+        """User space has no descriptor and no pin left; programs may still use the map."""
+
+    def contains(self, value: bytes) -> bool:
+        """Whether the value is in a map that can only be asked that."""
+        raise refused(errno.EINVAL)
+
+    def memory(self, offset: int, size: int, writable: bool) -> memoryview:
+        """What mmap(2) gives of the map."""
+        raise refused(ENOTSUPP)
+
     # What kinds of map need for that.
 
     def check_flags(self, allowed: int) -> None:
@@ -142,12 +183,8 @@ class Map:
         """Zeroed memory for values, with the rights that the map's flags give programs."""
         if size > M32:
             raise refused(errno.ENOMEM)
-        try:
-            buffer = bytearray(size) if size < _LAZY_SIZE else mmap.mmap(-1, size)
-        except (MemoryError, OSError, OverflowError):
-            raise refused(errno.ENOMEM) from None
         return Region(
-            buffer,
+            page_buffer(size),
             readable=not self.flags & uapi.BPF_F_WRONLY_PROG,
             writable=not self.flags & uapi.BPF_F_RDONLY_PROG,
         )

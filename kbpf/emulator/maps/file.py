@@ -11,18 +11,40 @@ from kbpf.errors import ENOTSUPP
 from kbpf.uapi import constants as uapi
 
 
+def release(map: Map) -> None:
+    """User space holds the map by one file or pin less."""
+    map.users -= 1
+    if not map.users:
+        map.abandoned()
+
+
 class MapFile:
     """A map and what may be done with it through this descriptor."""
 
-    __slots__ = ("map", "readable", "writable")
+    __slots__ = ("descriptors", "map", "readable", "writable")
 
     def __init__(self, map: Map, flags: int = 0) -> None:
         """`flags` are BPF_F_RDONLY or BPF_F_WRONLY, or others, which say nothing here."""
         if flags & uapi.BPF_F_RDONLY and flags & uapi.BPF_F_WRONLY:
             raise refused(errno.EINVAL)
         self.map = map
+        #: Numbers that stand for this file.
+        self.descriptors = 0
         self.readable = not flags & uapi.BPF_F_WRONLY
         self.writable = not flags & uapi.BPF_F_RDONLY
+
+    def opened(self) -> None:
+        """Another descriptor stands for this file."""
+        if not self.descriptors:
+            self.map.users += 1
+        self.descriptors += 1
+
+    def closed(self) -> None:
+        """A descriptor is closed."""
+        self.descriptors -= 1
+        if not self.descriptors:
+            self.map.closed(self)
+            release(self.map)
 
     def lookup(self, key: bytes | None, flags: int = 0) -> bytes:
         if flags & ~uapi.BPF_F_LOCK:
@@ -40,13 +62,11 @@ class MapFile:
             self.map.push(value, flags)
         else:
             self.map.write(given, value, flags)
+            self.map.put_through(self, given)
 
     def delete(self, key: bytes | None) -> None:
         self._check_writable()
-        given = self._key(key)
-        if self.map.keyless:
-            raise refused(errno.EINVAL)
-        self.map.remove(given)
+        self.map.remove(self._key(key))
 
     def next_key(self, key: bytes | None) -> bytes:
         self._check_readable()
@@ -63,6 +83,17 @@ class MapFile:
         self._check_lock(flags)
         given = self._key(key)
         return self.map.pop() if self.map.keyless else self.map.take(given)
+
+    def contains(self, value: bytes) -> bool:
+        self._check_readable()
+        return self.map.contains(value)
+
+    def memory(self, offset: int, size: int, writable: bool) -> memoryview:
+        if not self.readable or (writable and not self.writable):
+            raise refused(errno.EACCES)
+        if writable and self.map.frozen:
+            raise refused(errno.EPERM)
+        return self.map.memory(offset, size, writable)
 
     def freeze(self) -> None:
         self._check_writable()

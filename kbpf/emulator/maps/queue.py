@@ -53,6 +53,9 @@ class Queue(Map):
     def find(self, key: bytes) -> int:
         raise refused(errno.EINVAL)
 
+    def remove(self, key: bytes) -> None:
+        raise refused(errno.EINVAL)
+
     def following(self, key: bytes | None) -> bytes:
         raise refused(errno.EINVAL)
 
