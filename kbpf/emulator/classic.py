@@ -81,18 +81,24 @@ class ClassicProgram:
     """A classic filter, ready to run. Raises `kbpf.FilterError` if the kernel would not take it.
 
     `network` and `mac` are for `run`: where in its data the network and the link header start, for loads relative to
-    them.
+    them. With `loops` jumps may go back, as those of filters for captures may; the budget ends what does not end.
     """
 
     budget = BUDGET
 
     def __init__(
-        self, instructions: Sequence[cbpf.Instruction], *, network: int | None = None, mac: int | None = None
+        self,
+        instructions: Sequence[cbpf.Instruction],
+        *,
+        network: int | None = None,
+        mac: int | None = None,
+        loops: bool = False,
     ) -> None:
         self.network = network
         self.mac = mac
         self._instructions = instructions
-        self._code = link(to_ebpf(instructions), ancillary=ANCILLARY_LOADS)
+        self._loops = loops
+        self._code = link(to_ebpf(instructions, loops=loops), ancillary=ANCILLARY_LOADS)
 
     def run(self, data: bytes, length: int) -> int:
         """The filter's return value for a packet of `length` bytes of which `data` are at hand."""
@@ -106,7 +112,7 @@ class ClassicProgram:
         """The return value, and the indices of the instructions that ran, in order."""
         taken: list[int] = []
         steps = list(self._code.steps)
-        for pc, at in enumerate(starts(self._instructions)):
+        for pc, at in enumerate(starts(self._instructions, loops=self._loops)):
             steps[at] = _recorded(steps[at], pc, taken)
         code = Code(steps, self._code.functions, self._code.frames)
         return Run(self, code, packet, packet.data).execute(), tuple(taken)

@@ -45,10 +45,11 @@ def compile_filter(
     nothing of are not read. What can never match compiles to the single instruction ``ret #0``.
 
     Raises `kbpf.FilterSyntaxError` for text that does not parse, and `kbpf.FilterError` for what cannot be answered on
-    this layout. The language is libpcap 1.11's; ``protochain`` looks through six extension headers.
+    this layout. The language is libpcap 1.11's. For captures ``protochain`` is a loop, as in libpcap, which Linux would
+    refuse; for sockets it looks through six extension headers.
     """
     tree = parse(expression)
-    pool = Pool()
+    pool = Pool(loops=not layout.live)
     condition: Condition = True
     if tree is not None:
         condition = Lowering(expression, layout, pool, _names(names), order, netmask).condition(tree)

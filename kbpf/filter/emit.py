@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kbpf.errors import FilterError
+from kbpf.filter.chains import walk
 from kbpf.filter.graph import Node, Successor, in_order
 from kbpf.filter.layout import Block, lay_out
-from kbpf.filter.values import COMMUTATIVE, M32, Pool, Value
+from kbpf.filter.values import COMMUTATIVE, M32, Chain, Pool, Value
 from kbpf.isa import cbpf
 from kbpf.isa.cbpf import Instruction, jump, stmt
 
@@ -58,6 +59,8 @@ class _Step(NamedTuple):
     reads_kept: Value | None
     after: _State
     stored: Value | None = None
+    #: Goes with the one before: nothing may enter between.
+    joined: bool = False
 
 
 def emit(root: Successor, pool: Pool, accept: int, *, masks_as_sets: bool = True) -> tuple[Instruction, ...]:
@@ -184,6 +187,9 @@ class _Emitter:
             code.add(stmt(cbpf.MISC | cbpf.TAX), x=value.left, reads_a=True)
             code.add(stmt(cbpf.LD | _SIZES[value.size] | cbpf.IND, value.k), a=value, reads_x=True)
             return
+        if isinstance(value, Chain):
+            self._walk(code, value)
+            return
         if value.kind == "neg":
             code.add(stmt(cbpf.ALU | cbpf.NEG), a=value, reads_a=True)
             return
@@ -207,6 +213,13 @@ class _Emitter:
             self.busy -= 1
         code.add(stmt(operation | cbpf.X), a=value, reads_a=True, reads_x=True)
 
+    def _walk(self, code: _Code, value: Chain) -> None:
+        """The loop over extension headers, whose first one's protocol is in A."""
+        assert value.right is not None
+        self._into_x(code, value.right)
+        code.together(walk(value.k, value.number, value.options, self._scratch()), value)
+        self.busy -= 1
+
     def _keep(self, code: _Code, value: Value) -> None:
         """Store a costly value that is wanted again."""
         if self.uses.get(value, 0) > 1 and value not in code.state.kept and _cost(value) >= _WORTH_KEEPING:
@@ -218,10 +231,18 @@ class _Emitter:
 
     def _cheap_x(self, code: _Code, value: Value) -> bool:
         """X can be had without going through A."""
-        return code.state.x is value or value in code.state.kept or _header_length(value) is not None
+        return (
+            code.state.x is value
+            or value in code.state.kept
+            or value.kind == "const"
+            or _header_length(value) is not None
+        )
 
     def _into_x(self, code: _Code, value: Value) -> None:
         if code.state.x is value:
+            return
+        if value.kind == "const":
+            code.add(stmt(cbpf.LDX | cbpf.IMM, value.k), x=value)
             return
         if value in code.state.kept:
             code.add(stmt(cbpf.LDX | cbpf.MEM, self.slots[value]), x=value, reads_kept=value)
@@ -286,6 +307,13 @@ class _Code:
         self.steps.append(_Step(before, instruction, reads_a, reads_x, reads_kept, after))
         self.state = after
 
+    def together(self, instructions: list[Instruction], value: Value) -> None:
+        """Instructions that read A and X and leave `value` in A, and nothing that is known in X."""
+        before = self.state
+        self.state = before._replace(a=value, x=None)
+        for index, instruction in enumerate(instructions):
+            self.steps.append(_Step(before, instruction, True, True, None, self.state, None, index > 0))
+
     def keep(self, value: Value, slot: int, slots: dict[Value, int]) -> None:
         """Store A, which is `value`, in a scratch word."""
         before = self.state
@@ -326,6 +354,7 @@ def _entry(steps: list[_Step], state: _State, jump_reads_x: bool) -> int:
             needs_kept.add(step.reads_kept)
         if (
             not scratch
+            and not step.joined
             and (not needs_a or (step.before.a is not None and state.a is step.before.a))
             and (not needs_x or (step.before.x is not None and state.x is step.before.x))
             and needs_kept <= state.kept

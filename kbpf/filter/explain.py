@@ -80,11 +80,11 @@ class _State:
 class Explanation:
     """A filter explained: `remarks`, one for each instruction, and the decisions as an indented list.
 
-    Raises `kbpf.FilterError` for instructions that Linux would not take.
+    Raises `kbpf.FilterError` for instructions that Linux would not take; filters for captures may jump back.
     """
 
     def __init__(self, instructions: Sequence[Instruction], layout: Layout) -> None:
-        cbpf.check(instructions)
+        cbpf.check(instructions, loops=not layout.live)
         self.instructions = tuple(instructions)
         self.layout = layout
         #: What each instruction does, empty for one that nothing reaches.
@@ -106,8 +106,8 @@ class Explanation:
             pc, depth, lead = stack.pop()
             pc = self._next_decision(pc)
             indent = "  " * depth
-            code, jt, jf, _ = self.instructions[pc]
-            if code & 7 == cbpf.RET:
+            _, jt, jf, _ = self.instructions[pc]
+            if self._ends(pc):
                 lines.append(f"{indent}{lead} {self.remarks[pc]}" if lead else f"{indent}{self.remarks[pc]}")
                 continue
             if pc in written:
@@ -123,10 +123,10 @@ class Explanation:
                 self._next_decision(pc + 1 + jf),
             )
             # A test that ends the filter on one side needs no indentation for the other.
-            if self.instructions[other].code & 7 == cbpf.RET:
+            if self._ends(other):
                 lines.append(f"{indent}({pc:03}) {yes}, else {self.remarks[other]}")
                 stack.append((taken, depth, ""))
-            elif self.instructions[taken].code & 7 == cbpf.RET:
+            elif self._ends(taken):
                 lines.append(f"{indent}({pc:03}) {no}, else {self.remarks[taken]}")
                 stack.append((other, depth, ""))
             else:
@@ -135,10 +135,21 @@ class Explanation:
                 stack.append((taken, depth + 1, "yes:"))
         return "\n".join(lines) + "\n"
 
+    def _ends(self, pc: int) -> bool:
+        """Nothing new follows: a return, or a jump back."""
+        return self.instructions[pc].code & 7 == cbpf.RET or self._back(pc) is not None
+
+    def _back(self, pc: int) -> int | None:
+        """Where the instruction jumps back to, if it does."""
+        code, _, _, k = self.instructions[pc]
+        return pc + 1 + cbpf.signed(k) if code == cbpf.JMP | cbpf.JA and k >> 31 else None
+
     def _next_decision(self, pc: int) -> int:
-        """The first conditional jump or return from here on."""
+        """The first conditional jump, return or jump back from here on."""
         while True:
             code, _, _, k = self.instructions[pc]
+            if self._back(pc) is not None:
+                return pc
             if code == cbpf.JMP | cbpf.JA:
                 pc += 1 + k
             elif code & 7 in (cbpf.JMP, cbpf.RET):
@@ -149,8 +160,12 @@ class Explanation:
     def _follow(self) -> None:
         states: list[_State | None] = [None] * len(self.instructions)
         states[0] = _State()
+        heads = {self._back(pc) for pc in range(len(self.instructions))}
         for pc, instruction in enumerate(self.instructions):
             state = states[pc]
+            if state is not None and pc in heads:
+                # What a turn of the loop leaves behind is not known.
+                state.a, state.x, state.scratch = _UNKNOWN, _UNKNOWN, {}
             if state is None:
                 self.remarks.append("")
                 continue
@@ -165,7 +180,7 @@ class Explanation:
 
     def _successors(self, pc: int, instruction: Instruction, state: _State) -> list[tuple[int, _State]]:
         code, jt, jf, k = instruction
-        if code & 7 == cbpf.RET:
+        if self._ends(pc):
             return []
         if code == cbpf.JMP | cbpf.JA:
             return [(pc + 1 + k, state)]
@@ -184,7 +199,8 @@ class Explanation:
             return _returned(state.a if code & 0x18 == cbpf.A else Expression("const", k))
         if kind == cbpf.JMP:
             if code == cbpf.JMP | cbpf.JA:
-                return f"go on at ({pc + 1 + k:03})"
+                back = self._back(pc)
+                return f"go on at ({pc + 1 + k:03})" if back is None else f"go back to ({back:03})"
             right = state.x if code & cbpf.X else Expression("const", k)
             yes, no = self._condition(code & 0xF0, state.a, right, state)
             self.conditions[pc] = yes, no

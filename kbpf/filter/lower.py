@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from kbpf.errors import FilterError, FilterSyntaxError
-from kbpf.filter import arithmetic, hosts, sets, syntax, tunnels, wireless
+from kbpf.filter import arithmetic, chains, hosts, sets, syntax, tunnels, wireless
 from kbpf.filter.links import IP, IP6, SAP_ISO, Headers
 from kbpf.filter.names import ETHERTYPES, LLC_SAPS, Names
 from kbpf.filter.syntax import Qualifiers
@@ -259,7 +259,7 @@ class Lowering:
             if protocol not in ("", "ip", "ip6"):
                 raise self.fail(f'"protochain" does not go with "{protocol}"', term.position)
             self._limit(number, 255, "IP protocol", term)
-            return tunnels.protochain(self, number, protocol)
+            return chains.protochain(self, number, protocol)
         if protocol in ("", "ip", "ip6"):
             self._limit(number, 255, "IP protocol", term)
             if protocol:

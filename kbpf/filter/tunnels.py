@@ -1,4 +1,4 @@
-"""Headers within headers: VLAN tags, MPLS labels, PPPoE, Geneve, VXLAN, and chains of IPv6 extension headers."""
+"""Headers within headers: VLAN tags, MPLS labels, PPPoE, Geneve and VXLAN."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kbpf.errors import FilterError
 from kbpf.filter import syntax
-from kbpf.filter.links import IP, IP6, MPLS, PPPOED, PPPOES, VLAN_TYPES, At
+from kbpf.filter.links import IP, IP6, MPLS, PPPOED, PPPOES, VLAN_TYPES
 from kbpf.filter.values import Condition, Value, every, negated, some
 from kbpf.isa.cbpf import AD_OFF
 
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from kbpf.filter.lower import Lowering
 
 _GENEVE_PORT, _VXLAN_PORT = 6081, 4789
-#: Extension headers that ``protochain`` walks through.
-CHAIN_LENGTH = 6
-_AH = 51
-_OPTIONS = (0, 60, 43, 44)
 
 
 def _argument(lowering: Lowering, term: syntax.Special, limit: int, what: str) -> int | None:
@@ -150,46 +146,4 @@ def vxlan(lowering: Lowering, term: syntax.Special) -> Condition:
     _tunnel_allowed(lowering, '"vxlan"')
     condition = _udp_tunnel(lowering, _VXLAN_PORT, (1, 0x08, 0x08), vni)
     headers.into_tunnel("vxlan", _tunnel_start(lowering), 8, None)
-    return condition
-
-
-def protochain(lowering: Lowering, number: int, protocol: str) -> Condition:
-    """``protochain N``: the chain of headers holds one of protocol `number`.
-
-    libpcap's code loops, which Linux refuses; this is unrolled to `CHAIN_LENGTH` extension headers.
-    """
-    headers = lowering.headers
-    if headers.payload.base is not None:
-        raise FilterError('"protochain" cannot be asked behind headers of variable length')
-    parts = []
-    if protocol != "ip6":
-        first = headers.network_word(9, 1)
-        at = headers.transport(4)
-        parts.append(every(headers.carries(IP), _chain(lowering, first, at, number, ())))
-    if protocol != "ip":
-        first = headers.network_word(6, 1)
-        at = headers.transport(6)
-        parts.append(every(headers.carries(IP6), _chain(lowering, first, at, number, _OPTIONS)))
-    return some(*parts)
-
-
-def _chain(lowering: Lowering, kind: Value, at: At, number: int, options: tuple[int, ...]) -> Condition:
-    """`kind` is the protocol of the header `at`, or one of those behind it is `number`."""
-    pool, headers = lowering.pool, lowering.headers
-    kinds: list[Value] = []
-    for _ in range(CHAIN_LENGTH if options else CHAIN_LENGTH // 3):
-        kinds.append(kind)
-        # A header's second byte says how much longer than 8 bytes it is, in units of 8; in AH, of 4.
-        units = headers.load(at, 1, 1)
-        shift = pool.const(2)
-        if options:
-            not_ah = pool.op("add", pool.op("xor", kind, pool.const(_AH)), pool.const(0x2FF))
-            shift = pool.op("rsh", not_ah, pool.const(8))
-        length = pool.op("lsh", units, shift)
-        kind = headers.load(at, 0, 1)
-        at = At(at.k + 8, length if at.base is None else pool.op("add", at.base, length))
-    condition: Condition = pool.test("eq", kind, number)
-    for kind in reversed(kinds):
-        goes_on = some(*(pool.test("eq", kind, option) for option in (*options, _AH)))
-        condition = some(pool.test("eq", kind, number), every(goes_on, condition))
     return condition

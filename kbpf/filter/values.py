@@ -85,6 +85,23 @@ def _top(kind: str, left: Value | None, right: Value | None, k: int, size: int) 
     return M32
 
 
+class Chain(Value):
+    """A ``chain``: the protocol at the end of a walk over extension headers (`kbpf.filter.chains`).
+
+    The first of them is of the protocol `left` and at ``right + k``; the walk ends at the header that is `number`,
+    or that none can follow. Behind IPv4 only authentication headers are walked over, behind IPv6 the `options` too.
+    """
+
+    __slots__ = ("number", "options")
+
+    def __init__(self, first: Value, base: Value, k: int, number: int, options: bool) -> None:
+        super().__init__("chain", first, base, k)
+        self.number = number
+        self.options = options
+        self.top = 0xFF
+        self.uses_x = True
+
+
 Relation = Literal["eq", "gt", "ge"]
 
 
@@ -185,9 +202,13 @@ def negated(part: Condition) -> Condition:
 
 
 class Pool:
-    """Makes values and tests, folding constants, so that equal ones are the same object."""
+    """Makes values and tests, folding constants, so that equal ones are the same object.
 
-    def __init__(self) -> None:
+    `loops` says whether what runs the code takes loops.
+    """
+
+    def __init__(self, loops: bool = False) -> None:
+        self.loops = loops
         self._values: dict[tuple[object, ...], Value] = {}
         self._tests: dict[tuple[object, ...], Test] = {}
         self.length = Value("len")
@@ -209,6 +230,14 @@ class Pool:
     def lookup(self, words: tuple[Value, ...], members: Sequence[tuple[int, int]]) -> Condition | None:
         """Whether an address of several words is one of many (address, mask); None where tests have to say so."""
         return None
+
+    def chain(self, first: Value, base: Value, k: int, number: int, options: bool) -> Value:
+        """The protocol that ends a walk over headers; see `Chain`."""
+        key = ("chain", first, base, k, number, options)
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = Chain(first, base, k, number, options)
+        return value
 
     def load(self, base: Value | None, k: int, size: int) -> Value:
         """The big-endian word of `size` bytes at ``base + k``."""

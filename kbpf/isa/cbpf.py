@@ -120,11 +120,17 @@ def decode(data: bytes) -> tuple[Instruction, ...]:
     return tuple(Instruction(*fields) for fields in _SOCK_FILTER.iter_unpack(data))
 
 
-def check(instructions: Sequence[Instruction]) -> None:
+def signed(k: int) -> int:
+    """A constant read as a signed number: how far ``ja`` goes, backwards where it is negative."""
+    return k - (1 << 32) if k >> 31 else k
+
+
+def check(instructions: Sequence[Instruction], *, loops: bool = False) -> None:
     """Make the check that Linux makes when a classic filter is attached.
 
     Raises `FilterError` naming the instruction. Follows `bpf_check_classic` and
-    `check_load_and_stores` of net/core/filter.c.
+    `check_load_and_stores` of net/core/filter.c. With `loops` a ``ja`` may go back within the program, as user space's
+    engines let it (bpf_validate in libpcap), which makes loops; who runs such a filter must count its steps.
     """
     count = len(instructions)
     if not 1 <= count <= MAXINSNS:
@@ -138,8 +144,13 @@ def check(instructions: Sequence[Instruction]) -> None:
             raise FilterError(f"instruction {pc}: shift by {k}, the most is 31")
         if code in (LD | MEM, LDX | MEM, ST, STX) and k >= MEMWORDS:
             raise FilterError(f"instruction {pc}: scratch word M[{k}], the last is M[{MEMWORDS - 1}]")
-        if code == JMP | JA and k >= count - pc - 1:
-            raise FilterError(f"instruction {pc}: jump out of the program")
+        if code == JMP | JA and not pc < pc + 1 + signed(k) < count:
+            if not 0 <= pc + 1 + signed(k) < count:
+                raise FilterError(f"instruction {pc}: jump out of the program")
+            if not loops:
+                raise FilterError(
+                    f"instruction {pc}: jump back to instruction {pc + 1 + signed(k)}; Linux refuses filters with loops"
+                )
         if code & 7 == JMP and code != JMP | JA and max(jt, jf) + pc + 1 >= count:
             raise FilterError(f"instruction {pc}: jump out of the program")
         if code in (LD | W | ABS, LD | H | ABS, LD | B | ABS) and k >= AD_OFF and k - AD_OFF not in ANCILLARY:
@@ -150,21 +161,27 @@ def check(instructions: Sequence[Instruction]) -> None:
 
 
 def _check_scratch(instructions: Sequence[Instruction]) -> None:
-    """Every read of M[] must be preceded by a write on all paths; jumps only go forward, so one pass decides."""
+    """Every read of M[] must be preceded by a write on all paths; where jumps only go forward one pass decides."""
     everything = 0xFFFF
-    written = 0
     at_target = [everything] * len(instructions)
-    for pc, (code, jt, jf, k) in enumerate(instructions):
-        written &= at_target[pc]
-        if code in (ST, STX):
-            written |= 1 << k
-        elif code in (LD | MEM, LDX | MEM):
-            if not written >> k & 1:
-                raise FilterError(f"instruction {pc}: M[{k}] may be read before it is written")
-        elif code == JMP | JA:
-            at_target[pc + 1 + k] &= written
-            written = everything
-        elif code & 7 == JMP:
-            at_target[pc + 1 + jt] &= written
-            at_target[pc + 1 + jf] &= written
-            written = everything
+    back = True
+    while back:
+        back = False
+        written = 0
+        for pc, (code, jt, jf, k) in enumerate(instructions):
+            written &= at_target[pc]
+            if code in (ST, STX):
+                written |= 1 << k
+            elif code in (LD | MEM, LDX | MEM):
+                if not written >> k & 1:
+                    raise FilterError(f"instruction {pc}: M[{k}] may be read before it is written")
+            elif code == JMP | JA:
+                target = pc + 1 + signed(k)
+                # What changes behind has to be looked at again.
+                back = back or (target <= pc and at_target[target] & ~written != 0)
+                at_target[target] &= written
+                written = everything
+            elif code & 7 == JMP:
+                at_target[pc + 1 + jt] &= written
+                at_target[pc + 1 + jf] &= written
+                written = everything

@@ -39,21 +39,23 @@ _CALLS = {"cpu": "get_smp_processor_id", "random": "get_prandom_u32"}
 _INVERSE = {ebpf.JEQ: ebpf.JNE, ebpf.JGT: ebpf.JLE, ebpf.JGE: ebpf.JLT}
 
 
-def to_ebpf(instructions: Sequence[cbpf.Instruction]) -> tuple[Instruction, ...]:
-    """Translate a checked classic filter.
+def to_ebpf(instructions: Sequence[cbpf.Instruction], *, loops: bool = False) -> tuple[Instruction, ...]:
+    """Translate a checked classic filter; `loops` is `kbpf.isa.cbpf.check`'s.
 
     Raises `kbpf.FilterError` if the filter is invalid, or so long that a jump does not fit 16 bits.
     """
-    return _translate(instructions)[0]
+    return _translate(instructions, loops)[0]
 
 
-def starts(instructions: Sequence[cbpf.Instruction]) -> tuple[int, ...]:
+def starts(instructions: Sequence[cbpf.Instruction], *, loops: bool = False) -> tuple[int, ...]:
     """Where in the translation each classic instruction begins."""
-    return _translate(instructions)[1]
+    return _translate(instructions, loops)[1]
 
 
-def _translate(instructions: Sequence[cbpf.Instruction]) -> tuple[tuple[Instruction, ...], tuple[int, ...]]:
-    cbpf.check(instructions)
+def _translate(
+    instructions: Sequence[cbpf.Instruction], loops: bool
+) -> tuple[tuple[Instruction, ...], tuple[int, ...]]:
+    cbpf.check(instructions, loops=loops)
     start = [
         Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_A, REG_A),
         Instruction(ebpf.ALU | ebpf.XOR | ebpf.X, REG_X, REG_X),
@@ -144,8 +146,8 @@ def _assembled(
             out.extend(straight(instruction))
     for slot, target in branches:
         off = starts[target] - slot - 1
-        if off > 0x7FFF:
-            raise FilterError(f"a jump over {off} instructions does not fit eBPF's 16 bits")
+        if abs(off) > 0x7FFF:
+            raise FilterError(f"a jump over {abs(off)} instructions does not fit eBPF's 16 bits")
         out[slot] = out[slot]._replace(off=off)
     return tuple(out), tuple(starts)
 
@@ -153,7 +155,7 @@ def _assembled(
 def _jump(pc: int, instruction: cbpf.Instruction, out: list[Instruction], branches: list[tuple[int, int]]) -> None:
     code, jt, jf, k = instruction
     if code == cbpf.JMP | cbpf.JA:
-        branches.append((len(out), pc + 1 + k))
+        branches.append((len(out), pc + 1 + cbpf.signed(k)))
         out.append(Instruction(ebpf.JMP | ebpf.JA))
         return
     op, source, src, imm = code & 0xF0, code & 0x08, 0, k

@@ -63,7 +63,10 @@ class Filter:
         return self.spec.layout
 
     def check(self) -> None:
-        """The check that Linux makes when a filter is attached; raises `FilterError` naming the instruction."""
+        """The check that Linux makes when a filter is attached; raises `FilterError` naming the instruction.
+
+        Linux refuses loops, which ``protochain`` for captures has; `run` takes them.
+        """
         cbpf.check(self.instructions)
 
     def to_ebpf(self) -> ProgramSpec:
@@ -114,8 +117,8 @@ class Filter:
     def _prepare(self) -> ClassicProgram:
         from kbpf.emulator.program import ClassicProgram
 
-        self.check()
-        self._emulated = ClassicProgram(self.instructions, network=_NETWORK.get(self.layout.name))
+        network = _NETWORK.get(self.layout.name)
+        self._emulated = ClassicProgram(self.instructions, network=network, loops=not self.layout.live)
         return self._emulated
 
     def _packet(self, data: bytes, wirelen: int) -> Packet:

@@ -16,8 +16,6 @@ from kbpf.filter.names import Names
 from kbpf.specs import FILE_LAYOUTS
 
 CORPUS = Path(os.environ.get("KBPF_CORPUS", Path(__file__).parents[2] / "../shared/corpus")) / "filters"
-# libpcap loops through more extension headers than kbpf's unrolled code: one packet of the corpus has a hundred.
-KNOWN = {"protochain \\udp", "protochain 17", "ip6 protochain 17", "ip6 protochain \\udp"}
 
 
 @pytest.mark.requires("corpus")
@@ -30,8 +28,6 @@ def test_the_corpus_agrees_with_libpcap(tmp_path: Path) -> None:
     lines = []
     for line in listed.splitlines():
         record = json.loads(line)
-        if record["expr"] in KNOWN:
-            continue
         try:
             program = compile_filter(record["expr"], layouts[record["dlt"]], names=names).instructions
             record.update(ok=True, insns=program)
@@ -43,6 +39,6 @@ def test_the_corpus_agrees_with_libpcap(tmp_path: Path) -> None:
     command = [*check, str(candidate), *quick, "--base", "best", "--json"]
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
     assert report["wrong_verdicts"] == 0 and report["wrong_bitmaps"] == 0
-    assert not report["notes"]
-    assert report["dynamic_ratio_gm"] <= 0.97
-    assert report["static_ratio_gm"] <= 1.03
+    assert set(report["notes"]) <= {"programs with backward jumps"}
+    assert report["dynamic_ratio_gm"] <= 0.965
+    assert report["static_ratio_gm"] <= 0.99
