@@ -10,13 +10,9 @@ import time
 import pytest
 
 import kbpf
-from kbpf.isa import cbpf
 from kbpf.pcapfile import Record
 from kbpf.runtime.counting import CaptureCounter, Count, Counter, counting_program
-from kbpf.specs import SOCKET_LAYOUTS
-
-LD, LDX, JMP, RET, IND, ABS = cbpf.LD, cbpf.LDX, cbpf.JMP, cbpf.RET, cbpf.IND, cbpf.ABS
-HALVES = LD | cbpf.H
+from kbpf.specs import FILE_LAYOUTS, SOCKET_LAYOUTS
 
 ETHERNET = bytes(12) + b"\x08\x00"
 
@@ -27,53 +23,49 @@ def ipv4_udp(payload: bytes, port: int = 53) -> bytes:
     return head + udp
 
 
-def matching(*load: tuple[int, int], value: int | None = None) -> kbpf.Filter:
-    """Keeps a packet if the loads succeed, and give `value` where one is asked for."""
-    end = [cbpf.stmt(RET, 1)]
-    if value is not None:
-        end = [cbpf.jump(JMP | cbpf.JEQ, value, 0, 1), *end, cbpf.stmt(RET, 0)]
-    return kbpf.Filter([*(cbpf.stmt(code, k) for code, k in load), *end], layout=SOCKET_LAYOUTS["packet_dgram"])
-
-
-# Loads of every kind, inside, at the edge of and outside a packet of 60 bytes that starts with its IP header.
-FILTERS = {
-    "in": matching((HALVES | ABS, 22), value=53),
-    "edge": matching((LD | cbpf.W | ABS, 56)),
-    "out": matching((LD | cbpf.W | ABS, 57)),
-    "far out": matching((LD | cbpf.B | ABS, 0x7FFFFFFF)),
-    "msh": matching((LDX | cbpf.B | cbpf.MSH, 0), (HALVES | IND, 2), value=53),
-    "indirect out": matching((LDX | cbpf.B | cbpf.MSH, 0), (HALVES | IND, 39)),
-    "indirect edge": matching((LDX | cbpf.B | cbpf.MSH, 0), (HALVES | IND, 38)),
-    "indirect wraps": matching((LDX | cbpf.IMM, 0xFFFFFFFC), (HALVES | IND, 26), value=53),
-    "network": matching((HALVES | ABS, cbpf.NET_OFF + 22), value=53),
-    "network msh": matching((LDX | cbpf.B | cbpf.MSH, cbpf.NET_OFF), (HALVES | IND, cbpf.NET_OFF + 2), value=53),
-    "network out": matching((LD | cbpf.W | ABS, cbpf.NET_OFF + 5000)),
-    "after out": matching((LD | cbpf.B | ABS, 0), value=0x45),
-    "protocol": matching((LD | cbpf.W | ABS, cbpf.AD_OFF), value=0x800),
-    "msh keeps A": matching(
-        (LD | cbpf.IMM, 7), (LDX | cbpf.B | cbpf.MSH, 0), (cbpf.ALU | cbpf.ADD | cbpf.X, 0), value=27
-    ),
-    "starts at 0": matching((cbpf.ALU | cbpf.ADD | cbpf.X, 0), value=0),
-    "divided by 0": matching((cbpf.ALU | cbpf.DIV | cbpf.X, 0)),
-    "length": matching((LD | cbpf.LEN, 0), value=60),
-    "nothing": kbpf.Filter([cbpf.stmt(RET, 0)]),
-    "all": kbpf.Filter([cbpf.stmt(RET, 0xFFFFFFFF)]),
-}
-MATCHED = {
-    *("in", "edge", "msh", "indirect edge", "indirect wraps", "network", "network msh", "after out", "protocol"),
-    *("msh keeps A", "starts at 0", "length", "all"),
+# Loads of every kind, inside, at the edge of and outside an IPv4 packet of 60 bytes; and whether they match.
+LOADS = {
+    "ip[22:2] = 53": True,
+    "ip[56:4] >= 0": True,
+    "ip[57:4] >= 0": False,
+    "not ip[57:4] >= 0": False,
+    "ip[5000:4] >= 0": False,
+    "ip[0x7fffff:1] >= 0": False,
+    "udp[2:2] = 53": True,
+    "udp[38:2] >= 0": True,
+    "udp[39:2] >= 0": False,
+    "ip[ip[9] - 21 + 26:2] = 53": True,
+    "ip[ip[9] - 21:2] >= 0": False,
+    "ip[0] = 0x45": True,
+    "ip": True,
+    "1 / ip[1] = 1": False,
+    "not 1 / ip[1] = 1": False,
+    "len = 60": True,
+    "len > 60": False,
+    "ip and arp": False,
+    "": True,
 }
 
 
-def test_a_failing_load_ends_only_its_own_expression(backend: str) -> None:
+@pytest.mark.parametrize("layout", ("packet", "packet_dgram", "packet_ip"))
+def test_a_failing_load_ends_only_its_own_expression(layout: str, backend: str) -> None:
     packet = ipv4_udp(bytes(32))
     assert len(packet) == 60
-    with kbpf.load_program(counting_program(list(FILTERS.values())), backend=backend) as program:
+    with kbpf.load_program(counting_program(list(LOADS), SOCKET_LAYOUTS[layout]), backend=backend) as program:
         for _ in range(3):
             assert program.run(ETHERNET + packet).value == 0
-        counts = dict(zip(FILTERS, program.maps[0][0].sum(), strict=True))
-    assert {name for name, count in counts.items() if count.packets} == MATCHED
-    assert all(count == (3, 180) for name, count in counts.items() if name in MATCHED)
+        counts = dict(zip(LOADS, program.maps[0][0].sum(), strict=True))
+    assert {text: count.packets > 0 for text, count in counts.items()} == LOADS
+    assert all(count == (3, 180) for text, count in counts.items() if LOADS[text])
+
+
+def test_frames_are_counted_with_their_link_header(backend: str) -> None:
+    frame = ETHERNET + ipv4_udp(bytes(32))
+    expressions = ["ether[12:2] = 0x800", "udp port 53", "len = 74", "ether[74] >= 0", "ether[73] = 0"]
+    spec = counting_program(expressions, SOCKET_LAYOUTS["packet_ethernet"])
+    with kbpf.load_program(spec, backend=backend) as program:
+        program.run(frame)
+        assert [tuple(count) for count in program.maps[0][0].sum()] == [(1, 74)] * 3 + [(0, 0), (1, 74)]
 
 
 EXPRESSIONS = {
@@ -110,7 +102,8 @@ def test_random_packets_are_counted_as_each_filter_alone_would(backend: str) -> 
     generator = random.Random(20)
     filters = {name: kbpf.compile(expression, link="RAW") for name, expression in EXPRESSIONS.items()}
     expected = dict.fromkeys(filters, (0, 0))
-    with kbpf.load_program(counting_program(list(filters.values())), backend=backend) as program:
+    spec = counting_program(list(EXPRESSIONS.values()), FILE_LAYOUTS["RAW"])
+    with kbpf.load_program(spec, backend=backend) as program:
         for _ in range(400):
             packet = random_packet(generator)
             ether_type = b"\x08\x00" if packet[0] >> 4 == 4 else b"\x86\xdd"
@@ -171,9 +164,9 @@ def test_a_wrong_expression_leaves_the_socket_as_it_was(backend: str) -> None:
 
 
 def test_what_an_ebpf_program_cannot_know_is_refused() -> None:
-    hatype = matching((LD | cbpf.W | ABS, cbpf.AD_OFF + 28))
+    # Whether a device has Ethernet headers.
     with pytest.raises(kbpf.FilterError, match="hatype"):
-        counting_program([hatype])
+        counting_program(["ether src 02:00:00:00:00:01"], SOCKET_LAYOUTS["packet_dgram"])
 
 
 def test_a_capture_is_counted_by_wire_length_and_link_type() -> None:
@@ -190,6 +183,8 @@ def test_a_capture_is_counted_by_wire_length_and_link_type() -> None:
 
 @pytest.mark.requires("kernel")
 def test_the_verifier_takes_hundreds_of_expressions() -> None:
-    filters = [kbpf.compile(f"tcp and dst port {number} and host 10.0.0.{number % 256}") for number in range(1, 401)]
-    with kbpf.load_program(counting_program(filters), backend="kernel") as program:
-        assert program.verified
+    expressions = [f"tcp and dst port {number} and host 10.0.0.{number % 256}" for number in range(1, 401)]
+    for layout in ("packet_ethernet", "packet_dgram"):
+        spec = counting_program(expressions, SOCKET_LAYOUTS[layout])
+        with kbpf.load_program(spec, backend="kernel") as program:
+            assert program.verified

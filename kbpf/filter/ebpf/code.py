@@ -12,15 +12,20 @@ from kbpf.uapi.enums import HELPERS
 #: Widths of loads and stores by bytes.
 WIDTHS = {1: ebpf.B, 2: ebpf.H, 4: ebpf.W, 8: ebpf.DW}
 _MOST_DISTANCE = 0x7FFF
-# Branches on one path that the verifier comes back to (BPF_COMPLEXITY_LIMIT_JMP_SEQ).
+# Branches that the verifier keeps in mind to come back to (BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 _MOST_BRANCHES = 8192
-_UNCONDITIONAL = (ebpf.JA, ebpf.CALL, ebpf.EXIT)
+
+
+#: Where a graph's verdicts lead.
+ACCEPT, REJECT = "accept", "reject"
 
 
 class Code:
-    """Instructions in order; jumps name labels, which are any hashable things and are put down once."""
+    """Instructions in order; jumps name labels, which are any hashable things and are put down once in each `scope`."""
 
     def __init__(self) -> None:
+        #: The graph that is being written, where a program is made of several.
+        self.scope = 0
         self._out: list[Instruction] = []
         self._labels: dict[Hashable, int] = {}
         self._jumps: list[tuple[int, Hashable]] = []
@@ -53,23 +58,23 @@ class Code:
         self._out.extend(instructions)
 
     def label(self, label: Hashable) -> None:
-        self._labels[label] = len(self._out)
+        self._labels[(label, self.scope)] = len(self._out)
 
     def jumps_to(self, label: Hashable) -> bool:
-        return any(target == label for _, target in self._jumps)
+        return any(target == (label, self.scope) for _, target in self._jumps)
 
     def goto(self, label: Hashable) -> None:
-        self._jumps.append((len(self._out), label))
+        self._jumps.append((len(self._out), (label, self.scope)))
         self._out.append(Instruction(ebpf.JMP | ebpf.JA))
 
     def jump(self, operation: int, dst: int, k: int, label: Hashable, *, wide: bool = False) -> None:
         """Compare a register with a constant: its lower half, or all of it where `wide`."""
-        self._jumps.append((len(self._out), label))
+        self._jumps.append((len(self._out), (label, self.scope)))
         kind = ebpf.JMP if wide else ebpf.JMP32
         self._out.append(Instruction(kind | operation | ebpf.K, dst, 0, 0, signed32(k)))
 
     def jump_register(self, operation: int, dst: int, src: int, label: Hashable, *, wide: bool = False) -> None:
-        self._jumps.append((len(self._out), label))
+        self._jumps.append((len(self._out), (label, self.scope)))
         self._out.append(Instruction((ebpf.JMP if wide else ebpf.JMP32) | operation | ebpf.X, dst, src))
 
     def move(self, dst: int, src: int) -> None:
@@ -122,25 +127,12 @@ class Code:
 
 
 def _branches(instructions: list[Instruction]) -> int:
-    """The most conditional jumps on a path; no path comes back to where it was."""
-    most = [0] * len(instructions)
-    seen = [False] * len(instructions)
-    # A place is met again when all that follows it is known.
-    stack = [(0, False)]
-    while stack:
-        at, ready = stack.pop()
+    """How many conditional jumps the verifier passes before it comes to an end: it follows what does not jump first."""
+    at = count = 0
+    while True:
         opcode, _, _, off, _ = instructions[at]
-        jumps = opcode & 7 in (ebpf.JMP, ebpf.JMP32)
-        operation = opcode & 0xF0 if jumps else None
-        following = [] if operation in (ebpf.JA, ebpf.EXIT) else [at + 1 + (opcode == ebpf.LD_IMM64)]
-        if jumps and operation not in (ebpf.CALL, ebpf.EXIT):
-            following.append(at + 1 + off)
-        if ready:
-            most[at] = max((most[target] for target in following), default=0) + (
-                jumps and operation not in _UNCONDITIONAL
-            )
-        elif not seen[at]:
-            seen[at] = True
-            stack.append((at, True))
-            stack += [(target, False) for target in following if not seen[target]]
-    return most[0]
+        operation = opcode & 0xF0 if opcode & 7 in (ebpf.JMP, ebpf.JMP32) else ebpf.CALL
+        if operation == ebpf.EXIT:
+            return count
+        count += operation not in (ebpf.JA, ebpf.CALL)
+        at += 1 + (off if operation == ebpf.JA else opcode == ebpf.LD_IMM64)

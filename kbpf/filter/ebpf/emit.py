@@ -6,11 +6,11 @@ A and M[].
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from kbpf.filter.ebpf.code import Code
-from kbpf.filter.ebpf.packet import ACCEPT, LENGTH, REJECT, Access, Needs, metadata, usual_offset
+from kbpf.filter.ebpf.code import ACCEPT, REJECT, Code
+from kbpf.filter.ebpf.packet import CTX, LENGTH, Access, Needs, metadata, usual_offset
 from kbpf.filter.ebpf.sets import Membership
 from kbpf.filter.graph import Node, Successor, in_order
 from kbpf.filter.values import M32, Test, Value
@@ -63,8 +63,10 @@ def emit(
     Raises `FilterError` where it does not fit the stack or eBPF's jumps.
     """
     code = Code()
-    if isinstance(root, Node):
-        _Emitter(code, root, target, access, memberships).write()
+    code.move(CTX, 1)
+    writer = Writer(code, [root], target, access, memberships)
+    writer.prologue()
+    writer.write(root)
     if root is not False:
         _verdict(code, ACCEPT, results[0])
     access.epilogue(code)
@@ -80,30 +82,41 @@ def _verdict(code: Code, label: str, result: int) -> None:
     code.exit()
 
 
-class _Emitter:
+class Writer:
+    """Writes graphs into a program: what all of them need once, then each of them."""
+
     def __init__(
-        self, code: Code, root: Node, target: str, access: Access, memberships: Mapping[Value, Membership]
+        self,
+        code: Code,
+        roots: Sequence[Successor],
+        target: str,
+        access: Access,
+        memberships: Mapping[Value, Membership],
     ) -> None:
         self.code = code
         self.target = target
         self.access = access
         self.memberships = memberships
-        self.order = in_order(root)
+        self.nodes = [node for root in roots for node in in_order(root)]
         self.uses = self._uses()
         self.state = _State()
         self.slots: dict[Value, int] = {}
         self.busy = 0
 
-    def write(self) -> None:
-        code = self.code
-        self.access.prologue(code, self._needs())
+    def prologue(self, length: bool = False) -> None:
+        """What all graphs need, with the context in R6; `length`: the packet's length in any case."""
+        needs = self._needs()
+        self.access.prologue(self.code, needs._replace(length=length or needs.length))
         self._reserve()
-        incoming: dict[Node, list[_State]] = {node: [] for node in self.order}
-        incoming[self.order[0]].append(_State())
-        for index, node in enumerate(self.order):
-            self.state = _meet(incoming.pop(node))
-            code.label(node)
-            following: Successor = self.order[index + 1] if index + 1 < len(self.order) else True
+
+    def write(self, root: Successor) -> None:
+        """One graph: it goes on behind its end, or jumps to `ACCEPT` there, or to `REJECT`."""
+        order = in_order(root)
+        incoming: dict[Node, list[_State]] = {node: [] for node in order}
+        for index, node in enumerate(order):
+            self.state = _meet(incoming.pop(node)) if index else _State()
+            self.code.label(node)
+            following: Successor = order[index + 1] if index + 1 < len(order) else True
             self._node(node, following)
             for successor in {node.yes, node.no}:
                 if isinstance(successor, Node):
@@ -118,7 +131,7 @@ class _Emitter:
     def _uses(self) -> dict[Value, int]:
         """How many nodes and values use each value."""
         uses: dict[Value, int] = {}
-        stack = [value for node in self.order for value in self._values(node.test)]
+        stack = [value for node in self.nodes for value in self._values(node.test)]
         while stack:
             value = stack.pop()
             uses[value] = uses.get(value, 0) + 1
@@ -135,7 +148,7 @@ class _Emitter:
     def _reserve(self) -> None:
         """The stack: keys of sets, intermediate results, and values that are kept."""
         code = self.code
-        tested = (self.memberships.get(node.test.other) for node in self.order if node.test.other is not None)
+        tested = (self.memberships.get(node.test.other) for node in self.nodes if node.test.other is not None)
         keys = [4 * len(member.words) + (4 if member.trie else 0) for member in tested if member is not None]
         self.key = code.reserve(max(keys, default=0), 4)
         depth = 1 + max((value.right_depth for value in self.uses), default=0)

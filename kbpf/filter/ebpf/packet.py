@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from kbpf.errors import FilterError
-from kbpf.filter.ebpf.code import WIDTHS, Code
+from kbpf.filter.ebpf.code import REJECT, WIDTHS, Code
 from kbpf.filter.values import Value
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import FP, Instruction, signed32
@@ -18,13 +18,12 @@ from kbpf.isa.translate import context_field
 from kbpf.specs import Layout
 from kbpf.uapi.structs import STRUCTS
 
-ACCEPT, REJECT = "accept", "reject"
 CTX = 6
 #: The packet's length, where the expression asks for it.
 LENGTH = 9
 
-# BPF_HDR_START_MAC of enum bpf_hdr_start_off (linux/bpf.h).
-_FROM_MAC = 0
+# enum bpf_hdr_start_off (linux/bpf.h).
+_FROM_MAC, _FROM_NETWORK = 0, 1
 _ETHERNET = 14
 #: A packet pointer reaches no further (MAX_PACKET_OFF of the verifier).
 _MOST_OFFSET = 0xFFFF
@@ -49,6 +48,10 @@ class Access(Protocol):
 
     def prologue(self, code: Code, needs: Needs) -> None: ...
 
+    def begin(self, code: Code) -> None:
+        """At the start of each graph: let the verifier forget what it learned of R7 in the last."""
+        ...
+
     def epilogue(self, code: Code) -> None: ...
 
     def constant(self, code: Code, k: int, size: int, checked: int) -> int:
@@ -61,17 +64,11 @@ class Access(Protocol):
 
 
 def access(target: str, layout: Layout, otherwise: int) -> Access:
-    """The way for a type of program that returns `otherwise` for packets that do not match.
-
-    Raises `FilterError` where the only way ends the program with another value.
-    """
+    """The way for a type of program that returns `otherwise` for packets that do not match."""
     if target != "socket_filter":
         return Direct(target)
-    if layout.start == "link" and layout.dlt == 1:
-        return Headers(otherwise)
-    if otherwise:
-        raise FilterError("on this socket a filter returns 0 for packets that are too short: so it must for no match")
-    return Absolute()
+    link = layout.start == "link" and layout.dlt == 1
+    return Headers(link, may_end=otherwise == 0) if link or otherwise else Absolute()
 
 
 class Absolute:
@@ -80,9 +77,11 @@ class Absolute:
     cheap = False
 
     def prologue(self, code: Code, needs: Needs) -> None:
-        code.move(CTX, 1)
         if needs.length:
             code.load(4, LENGTH, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
+
+    def begin(self, code: Code) -> None:
+        pass
 
     def epilogue(self, code: Code) -> None:
         pass
@@ -96,13 +95,14 @@ class Absolute:
 
 
 class Headers:
-    """The first bytes of a frame, copied to the stack by one call; the rest by LD_IND.
+    """The first bytes of a packet, copied to the stack by one call; the rest by LD_IND.
 
     The call costs as much as three LD_ABS, so where only the link header is asked for there is no copy.
 
-    Offsets count from the link header, wherever the data starts: on a packet socket with it, under BPF_PROG_TEST_RUN
-    behind it. bpf_skb_load_bytes_relative() (Linux 4.18) sees to that, but reaches only linear data; what it does not
-    find is looked for from the start of the data, which is right because only packets of packet sockets are not linear.
+    With `link`, offsets count from the link header, wherever the data starts: on a packet socket with it, under
+    BPF_PROG_TEST_RUN behind it. bpf_skb_load_bytes_relative() (Linux 4.18) sees to that, but reaches only linear data;
+    what it does not find is looked for from the start of the data, which is right because only packets of packet
+    sockets are not linear.
     """
 
     cheap = True
@@ -111,28 +111,36 @@ class Headers:
     # How many of the frame's bytes are on the stack.
     _LIMIT = 7
 
-    def __init__(self, otherwise: int) -> None:
-        # LD_ABS ends the program with 0.
-        self._may_end = otherwise == 0
+    def __init__(self, link: bool, may_end: bool) -> None:
+        self._link = link
+        # A load that fails may end the program with 0, as LD_ABS does.
+        self._may_end = may_end
         self._copies = True
-        self._copied = self._at = self._buffer = self._offset = 0
+        self._copied = self._at = self._buffer = self._offset = self._saved = 0
         self._late: list[Callable[[], None]] = []
 
     def prologue(self, code: Code, needs: Needs) -> None:
-        self._buffer, self._offset = code.reserve(4, 4), code.reserve(4, 4)
-        code.move(CTX, 1)
+        self._buffer, self._offset, self._saved = (code.reserve(4, 4) for _ in range(3))
         if needs.length:
             self._length(code)
-        self._copies = needs.variable or needs.extent > _ETHERNET or not self._may_end
+        self._copies = needs.variable or needs.extent > _ETHERNET or not (self._may_end and self._link)
         if self._copies:
             self._copied = min(max(needs.extent, 1), self._MOST)
             self._copy(code)
+            code.store(4, self._saved, self._LIMIT)
+
+    def begin(self, code: Code) -> None:
+        if self._copies:
+            code.load(4, self._LIMIT, FP, self._saved)
+            code.alu(ebpf.AND, self._LIMIT, 2 * self._MOST - 1)
 
     def _length(self, code: Code) -> None:
         """If there is a byte behind the data, counted from the link header, the data starts behind the header."""
         code.load(4, LENGTH, CTX, STRUCTS["__sk_buff"].fields["len"].offset)
+        if not self._link:
+            return
         code.move(2, LENGTH)
-        self._call(code, 1, "skb_load_bytes_relative")
+        self._relative(code, 1, _FROM_MAC)
         code.jump(ebpf.JNE, 0, 0, "length")
         code.alu(ebpf.ADD, LENGTH, _ETHERNET)
         code.label("length")
@@ -144,13 +152,14 @@ class Headers:
         self._at = bottom + 2
         for off in range(bottom, bottom + size, 8):
             code.store_constant(8, off, 0)
-        self._size(code, _ETHERNET)
-        code.constant(2, 0)
-        code.address(3, self._at)
-        code.constant(5, _FROM_MAC)
-        code.move(1, CTX)
-        code.call("skb_load_bytes_relative")
-        code.jump(ebpf.JEQ, 0, 0, "copied")
+        if self._link:
+            self._size(code, _ETHERNET)
+            code.constant(2, 0)
+            code.address(3, self._at)
+            code.constant(5, _FROM_MAC)
+            code.move(1, CTX)
+            code.call("skb_load_bytes_relative")
+            code.jump(ebpf.JEQ, 0, 0, "copied")
         # Short, or not linear.
         self._size(code, 0)
         code.jump(ebpf.JEQ, self._LIMIT, 0, "copied")
@@ -172,19 +181,32 @@ class Headers:
         code.label(("size", more))
         code.move(self._LIMIT, 4)
 
-    def _call(self, code: Code, size: int, helper: str) -> None:
-        """Load what is at R2."""
+    def _absolute(self, code: Code, size: int) -> None:
+        """Load what is at R2 in the data."""
         code.address(3, self._buffer)
         code.constant(4, size)
-        code.constant(5, _FROM_MAC)
         code.move(1, CTX)
-        code.call(helper)
+        code.call("skb_load_bytes")
+
+    def _relative(self, code: Code, size: int, header: int) -> None:
+        """Load what is at R2 behind the start of a header."""
+        code.address(3, self._buffer)
+        code.constant(4, size)
+        code.constant(5, header)
+        code.move(1, CTX)
+        code.call("skb_load_bytes_relative")
+
+    def _loaded(self, code: Code, size: int) -> None:
+        code.load(size, 0, FP, self._buffer)
+        code.network_order(0, size)
 
     def constant(self, code: Code, k: int, size: int, checked: int) -> int:
         end = k + size
-        if k >= cbpf.LL_OFF or not self._copies:
+        if not self._copies:
             # The link header is linear in any case.
-            code.add(Instruction(ebpf.LD | ebpf.ABS | WIDTHS[size], 0, 0, 0, signed32(k | cbpf.LL_OFF)))
+            k |= cbpf.LL_OFF
+        if k >= cbpf.LL_OFF:
+            self._of_header(code, k, size, None)
             return checked
         if end > self._copied:
             code.constant(2, k)
@@ -208,6 +230,9 @@ class Headers:
 
     def variable(self, code: Code, load: Value) -> None:
         size, usual = load.size, usual_offset(load)
+        if load.k >= cbpf.LL_OFF:
+            self._of_header(code, load.k, size, load)
+            return
         _offset(code, load.k)
         done = object()
         if usual is not None and usual + size <= self._copied:
@@ -221,27 +246,43 @@ class Headers:
         self._far(code, size)
         code.label(done)
 
+    def _of_header(self, code: Code, k: int, size: int, load: Value | None) -> None:
+        """Load relative to a header, in linear data only; R0 is the variable part of an offset."""
+        if self._may_end:
+            kind = ebpf.ABS if load is None else ebpf.IND
+            code.add(Instruction(ebpf.LD | kind | WIDTHS[size], 0, 0, 0, signed32(k)))
+            return
+        base, header = (cbpf.NET_OFF, _FROM_NETWORK) if k >= cbpf.NET_OFF else (cbpf.LL_OFF, _FROM_MAC)
+        if load is None:
+            code.constant(2, k - base)
+        else:
+            _offset(code, k - base)
+        self._relative(code, size, header)
+        code.jump(ebpf.JNE, 0, 0, REJECT)
+        self._loaded(code, size)
+
     def _far(self, code: Code, size: int) -> None:
         """Load at R2: within the limit it cannot fail."""
         miss, back = object(), object()
         code.move(1, 2)
         code.add_to(1, size)
         code.jump_register(ebpf.JGT, 1, self._LIMIT, miss, wide=True)
-        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 2, 0, signed32(cbpf.LL_OFF)))
+        start = signed32(cbpf.LL_OFF) if self._link else 0
+        code.add(Instruction(ebpf.LD | ebpf.IND | WIDTHS[size], 0, 2, 0, start))
         code.label(back)
 
         def late() -> None:
             found = object()
             code.label(miss)
-            code.store(4, self._offset, 2)
-            self._call(code, size, "skb_load_bytes_relative")
-            code.jump(ebpf.JEQ, 0, 0, found)
-            code.load(4, 2, FP, self._offset)
-            self._call(code, size, "skb_load_bytes")
+            if self._link:
+                code.store(4, self._offset, 2)
+                self._relative(code, size, _FROM_MAC)
+                code.jump(ebpf.JEQ, 0, 0, found)
+                code.load(4, 2, FP, self._offset)
+            self._absolute(code, size)
             code.jump(ebpf.JNE, 0, 0, REJECT)
             code.label(found)
-            code.load(size, 0, FP, self._buffer)
-            code.network_order(0, size)
+            self._loaded(code, size)
             code.goto(back)
 
         self._late.append(late)
@@ -249,6 +290,7 @@ class Headers:
     def epilogue(self, code: Code) -> None:
         for late in self._late:
             late()
+        self._late.clear()
 
 
 class Direct:
@@ -270,7 +312,6 @@ class Direct:
 
     def prologue(self, code: Code, needs: Needs) -> None:
         self._buffer = code.reserve(4, 4)
-        code.move(CTX, 1)
         code.load(4, self._DATA, CTX, self._context["data"].offset)
         code.load(4, self._END, CTX, self._context["data_end"].offset)
         if needs.length and self._skb:
@@ -278,6 +319,9 @@ class Direct:
         elif needs.length:
             code.call("xdp_get_buff_len")
             code.move(LENGTH, 0)
+
+    def begin(self, code: Code) -> None:
+        pass
 
     def constant(self, code: Code, k: int, size: int, checked: int) -> int:
         end = k + size
@@ -350,6 +394,7 @@ class Direct:
     def epilogue(self, code: Code) -> None:
         for late in self._late:
             late()
+        self._late.clear()
 
 
 def usual_offset(load: Value) -> int | None:

@@ -32,9 +32,10 @@ class Membership(NamedTuple):
 class MapPool(Pool):
     """A pool for programs that have maps."""
 
-    def __init__(self) -> None:
+    def __init__(self, maps: Sequence[MapSpec] = ()) -> None:
         super().__init__()
-        self.maps: list[MapSpec] = []
+        #: The program's maps: those given, and the sets.
+        self.maps = list(maps)
         #: By the value that stands for the set in a test.
         self.memberships: dict[Value, Membership] = {}
         self._indexes: dict[tuple[int, frozenset[tuple[int, int]]], int] = {}
