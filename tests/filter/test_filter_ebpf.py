@@ -444,3 +444,18 @@ def test_a_program_is_named_filter_and_holds_no_code_that_nothing_reaches() -> N
     spec = kbpf.compile_ebpf("tcp port 80")
     assert list(spec.programs) == ["filter"]
     assert spec.programs["filter"].instructions[-1] == ebpf.Instruction(ebpf.JMP | ebpf.EXIT)
+
+
+@pytest.mark.requires("kernel")
+def test_devices_without_link_header_start_with_the_ip_header() -> None:
+    # Under BPF_PROG_TEST_RUN a socket filter starts behind the Ethernet header, as on such a device.
+    packets = [packet for packet in frames(13, 80) if packet[12:14] in (b"\x08\x00", b"\x86\xdd")]
+    for expression in ("udp", "tcp port 80", "ip6", "host 10.0.0.1", "ip[ip[0] & 15] > 9", "len > 60", "not ip6"):
+        classic = kbpf.compile(expression, link="RAW")
+        for action in (None, (1, 2)):
+            spec = kbpf.compile_ebpf(expression, "socket_filter", action, link="RAW")
+            yes, no = action or (262144, 0)
+            with kbpf.load(spec, backend="kernel") as collection:
+                for packet in packets:
+                    match = classic.run(packet[14:]) > 0
+                    assert collection.programs["filter"].run(packet).value == (yes if match else no), expression

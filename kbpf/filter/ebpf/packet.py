@@ -146,10 +146,11 @@ class Headers:
         code.label("length")
 
     def _copy(self, code: Code) -> None:
-        # Fields of the network header, at 14 and on, are to be aligned to 4.
-        size = (self._copied + 2 + 7) // 8 * 8
+        # Fields of the network header are to be aligned to 4: it starts at 14, or at 0.
+        shift = 2 if self._link else 0
+        size = (self._copied + shift + 7) // 8 * 8
         bottom = code.reserve(size)
-        self._at = bottom + 2
+        self._at = bottom + shift
         for off in range(bottom, bottom + size, 8):
             code.store_constant(8, off, 0)
         if self._link:
@@ -294,7 +295,7 @@ class Headers:
 
 
 class Direct:
-    """Pointers into the packet: R7 to its start, R8 to its end. Linux 4.7 for sched_cls, 4.8 for xdp.
+    """Pointers into the packet: R7 to its start, R8 to its end (Linux 4.7 for sched_cls, 4.8 for xdp).
 
     They span only the linear part; what may be behind it is loaded by bpf_skb_load_bytes(), or bpf_xdp_load_bytes()
     (Linux 5.18). XDP has more than half a page in it.
