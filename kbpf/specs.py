@@ -117,6 +117,11 @@ class MapSpec:
     btf_key_type_id: int = 0
     btf_value_type_id: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("key_size", "value_size", "max_entries", "flags"):
+            if not 0 <= getattr(self, name) < 1 << 32:
+                raise ValueError(f"{name} of a map has 32 bits, {getattr(self, name)} does not fit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramSpec:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from pathlib import Path
 
 from kbpf.kernel import syscall
 from kbpf.uapi.enums import COMMANDS
 from kbpf.uapi.structs import ATTRS, STRUCTS, Struct
+
+# What the kernel calls the files behind the descriptors that each info structure tells of.
+_FILES = {"bpf_map_info": "bpf-map", "bpf_prog_info": "bpf-prog", "bpf_btf_info": "btf"}
 
 
 def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:
@@ -15,7 +20,10 @@ def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:
     for name, value in values.items():
         field = layout.fields[name]
         if isinstance(value, int):
-            value = (value & ((1 << 8 * field.size) - 1)).to_bytes(field.size, sys.byteorder)
+            try:
+                value = value.to_bytes(field.size, sys.byteorder, signed=value < 0)
+            except OverflowError:
+                raise ValueError(f"{name}: {value!r} does not fit {field.size} bytes") from None
         data[field.offset : field.offset + len(value)] = value
     return data
 
@@ -55,6 +63,7 @@ class Info:
 
     def __init__(self, kind: str, fd: int, **asked: int) -> None:
         self._layout = STRUCTS[kind]
+        _expect(fd, kind)
         memory = syscall.Buffer(bytes(pack(self._layout, dict(asked))))
         command("obj_get_info_by_fd", bpf_fd=fd, info_len=memory.size, info=memory.address)
         self._data = memory.read()
@@ -69,6 +78,16 @@ class Info:
     def raw(self, name: str) -> bytes:
         field = self._layout.fields[name]
         return self._data[field.offset : field.offset + field.size * field.count]
+
+
+def _expect(fd: int, kind: str) -> None:
+    """Refuse a descriptor of something else, of which the kernel would tell with another structure."""
+    try:
+        found = str(Path(f"/proc/thread-self/fd/{fd}").readlink()).removeprefix("anon_inode:")
+    except OSError:
+        return  # Not open, which the kernel says itself, or no /proc.
+    if found != _FILES[kind]:
+        raise OSError(errno.EINVAL, f"the descriptor is of {found}, not {_FILES[kind]}")
 
 
 def object_name(name: str) -> bytes:

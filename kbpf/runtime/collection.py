@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 
 from kbpf.backend import Backend
+from kbpf.errors import BpfError
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
-from kbpf.runtime.map import Map
+from kbpf.runtime.map import Map, Shape, as_created
 from kbpf.runtime.program import Program, load_program
 from kbpf.specs import CollectionSpec, MapSpec
+from kbpf.uapi.constants import BPF_F_NUMA_NODE, BPF_F_RDONLY_PROG
 
 #: Where maps that an object pins by name are pinned (libbpf's LIBBPF_PIN_BY_NAME).
 PIN_FOLDER = "/sys/fs/bpf"
@@ -73,7 +75,8 @@ def load(source: str | os.PathLike[str] | bytes | CollectionSpec, backend: str |
     object (``.rodata``, ``.bss`` and the like by section), programs by their functions' names.
 
     Raises `ObjectError` for a file that is not a proper BPF object, `VerifierError` for a program that is refused,
-    `PermissionDeniedError`; nothing stays open or pinned then.
+    `PermissionDeniedError`, `BpfError` (EINVAL for a pinned map that is another than the object's); nothing stays open
+    or pinned then.
     """
     if not isinstance(source, CollectionSpec):
         from kbpf.elf import read_object
@@ -96,11 +99,13 @@ def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
         return Map._create(spec, chosen)
     path = f"{PIN_FOLDER}/{spec.name}"
     try:
-        return Map.from_fd(chosen, chosen.open_pinned(path), spec.key_type, spec.value_type)
+        pinned_before = chosen.open_pinned(path)
     except OSError as error:
         if error.errno != errno.ENOENT:
             with doing(chosen, f"open the pinned map {path}", operation="obj_get"):
                 raise
+    else:
+        return _reuse(chosen, spec, path, pinned_before)
     made = Map._create(spec, chosen)
     try:
         made.pin(path)
@@ -111,5 +116,27 @@ def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
     return made
 
 
+def _reuse(chosen: Backend, spec: MapSpec, path: str, fd: int) -> Map:
+    """The map that is pinned there, if it is the one that the object declares: programs count on its sizes."""
+    found = Map.from_fd(chosen, fd, spec.key_type, spec.value_type)
+    there, wanted = _described(found.shape), _described(as_created(spec, chosen))
+    if there == wanted:
+        return found
+    found.close()
+    hints = (f"it is {there}", f"the object declares {wanted}", "remove the pin, or give the object's map another name")
+    raise BpfError(errno.EINVAL, f"use the pinned map {path}", hints)
+
+
+def _described(map: Shape | MapSpec) -> str:
+    # Linux sets these itself: one on device maps, the other where a node is given.
+    flags = map.flags & ~BPF_F_NUMA_NODE
+    if map.type in ("devmap", "devmap_hash"):
+        flags &= ~BPF_F_RDONLY_PROG
+    return f"{map.type} of {map.key_size}/{map.value_size} bytes, {map.max_entries} entries, flags {flags:#x}"
+
+
 def _key_of(spec: CollectionSpec, needed: MapSpec) -> str:
-    return next(name for name, map in spec.maps.items() if map == needed)
+    for name, map in spec.maps.items():
+        if map == needed:
+            return name
+    raise ValueError(f"a program uses a map {needed.name!r} that the collection does not have")

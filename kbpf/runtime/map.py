@@ -72,9 +72,7 @@ class Map(Resource, MutableMapping[Any, Any]):
         if spec.inner is not None and inner is None:
             with cls._create(spec.inner, chosen) as template:
                 return cls._create(spec, chosen, template)
-        if spec.type == "perf_event_array" and spec.max_entries == 0:
-            # As libbpf has it, none means one for each CPU.
-            spec = replace(spec, max_entries=chosen.possible_cpus())
+        spec = as_created(spec, chosen)
         named = f'map "{spec.name}" ({spec.type})' if spec.name else f"map ({spec.type})"
         with doing(chosen, f"create {named}", operation="map_create", map_type=spec.type):
             fd = chosen.map_create(spec, None if inner is None else inner.fileno())
@@ -252,6 +250,8 @@ class Map(Resource, MutableMapping[Any, Any]):
         return self.key_codec.encode(key)
 
     def _failure(self, error: OSError, what: str, operation: str) -> BpfError:
+        if isinstance(error, BpfError):
+            return error  # The map was closed.
         if error.errno == errno.E2BIG and self.type in _ARRAYS:
             hint = f"the last index is {self.shape.max_entries - 1}"
             return translate(error, self._backend, f"{what} {self.label}", operation=operation, hints=(hint,))
@@ -261,12 +261,13 @@ class Map(Resource, MutableMapping[Any, Any]):
 
     def _chunks(self, keys_only: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values back to back, chunk by chunk: by batch, or key by key where the type has none."""
-        fd, key_size, value_size = self.fileno(), self.shape.key_size, self.value_codec.size
+        key_size, value_size = self.shape.key_size, self.value_codec.size
         token: bytes | None = None
         size, started = min(_BATCH, max(self.shape.max_entries, 1)), False
         while True:
             try:
-                batch = self._backend.map_lookup_batch(fd, token, size, key_size, value_size)
+                # Asked for each time: the map may have been closed meanwhile, and the number be another file's.
+                batch = self._backend.map_lookup_batch(self.fileno(), token, size, key_size, value_size)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
                     size *= 2
@@ -283,12 +284,12 @@ class Map(Resource, MutableMapping[Any, Any]):
         yield from self._one_by_one(keys_only)
 
     def _one_by_one(self, keys_only: bool) -> Iterator[tuple[bytes, bytes]]:
-        fd, key_size = self.fileno(), self.shape.key_size
+        key_size = self.shape.key_size
         key: bytes | None = None
         # A deleted key sends the walk back to the start; without a bound, churn could keep it going forever.
         for _ in range(2 * self.shape.max_entries + 1):
             try:
-                key = self._backend.map_next_key(fd, key, key_size)
+                key = self._backend.map_next_key(self.fileno(), key, key_size)
                 if keys_only:
                     yield key, b""
                     continue
@@ -316,6 +317,13 @@ class _Values(ValuesView[Any]):
     def __iter__(self) -> Iterator[Any]:
         for _, values in self._mapping._chunks():
             yield from self._mapping.value_codec.decode_many(values)
+
+
+def as_created(spec: MapSpec, chosen: Backend) -> MapSpec:
+    """The spec with what it leaves to the machine filled in: as libbpf has it, no size means an entry for each CPU."""
+    if spec.type == "perf_event_array" and spec.max_entries == 0:
+        return replace(spec, max_entries=chosen.possible_cpus())
+    return spec
 
 
 def _fill(chosen: Backend, fd: int, spec: MapSpec) -> None:

@@ -209,3 +209,36 @@ def test_a_perf_event_array_of_no_size_gets_one_for_each_cpu():
     spec = kbpf.MapSpec(type="perf_event_array", key_size=4, value_size=4)
     with kbpf.Map.create(spec, backend="kernel") as map, kbpf.Map.open(fd=map.fileno(), backend="kernel") as opened:
         assert opened.shape.max_entries >= 1
+
+
+def test_iterating_ends_when_the_map_is_closed(backend):
+    map = kbpf.Map.create(kbpf.MapSpec(type="lpm_trie", key_size=8, value_size=4, max_entries=4, flags=1), backend)
+    for bits in (8, 16):
+        map[bits.to_bytes(4, "little") + bytes([10, 1, 0, 0])] = bytes(4)
+    for start in (lambda: iter(map), lambda: iter(map.items())):
+        next(start())
+    walk = iter(map)
+    map.close()
+    for use in (lambda: next(walk), lambda: map.update_element(bytes(8), bytes(4)), lambda: map[bytes(8)]):
+        with pytest.raises(kbpf.BpfError, match="after it was closed") as refused:
+            use()
+        assert refused.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("field", ["key_size", "value_size", "max_entries", "flags"])
+@pytest.mark.parametrize("value", [-1, 1 << 32])
+def test_sizes_that_the_kernel_would_cut_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        kbpf.MapSpec(type="hash", **{field: value})
+
+
+def test_opening_a_program_as_a_map_is_refused(backend):
+    program = kbpf.ProgramSpec(instructions=b"\xb7\0\0\0\x07\0\0\0\x95\0\0\0\0\0\0\0")
+    with kbpf.load_program(program, backend=backend) as loaded, kbpf.Map.create(typed(), backend=backend) as map:
+        for opening in (
+            lambda: kbpf.Map.open(fd=loaded.fileno(), backend=backend),
+            lambda: kbpf.Program.open(fd=map.fileno(), backend=backend),
+        ):
+            with pytest.raises(kbpf.BpfError) as refused:
+                opening()
+            assert refused.value.errno == errno.EINVAL
