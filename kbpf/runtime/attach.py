@@ -63,6 +63,8 @@ def put(backend: Backend, socket: Any, what: str | Filter | Program, drain: bool
         what = Filter.from_spec(compile_filter(what, layout))
     if isinstance(what, Filter):
         what.check()
+    elif not isinstance(what, Program):
+        raise TypeError(f"an expression, a Filter or a Program can be attached, not a {type(what).__name__}")
     elif what.backend != backend.name:
         raise _mixed(what, backend)
     try:

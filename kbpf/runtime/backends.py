@@ -8,6 +8,7 @@ falls back, so that root refused by lockdown gets an error and not an emulator.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -92,8 +93,16 @@ def _announce() -> None:
             "this process may not use the kernel's BPF: programs run in the emulator, unverified "
             "(KBPF_BACKEND=emulator says so on purpose; `kbpf doctor` says what is missing)",
             EmulationWarning,
-            stacklevel=4,
+            stacklevel=_depth_of_caller(),
         )
+
+
+def _depth_of_caller() -> int:
+    """How many frames above `_announce` the caller's code is: the first that is not kbpf's."""
+    depth, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "kbpf":
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _checked(name: str, where: str) -> Choice:

@@ -108,7 +108,8 @@ class Link:
                 raise
 
     def __repr__(self) -> str:
-        return f"<Link {self.attached!r} on {self.socket!r}, {self.backend}>"
+        what = "detached" if self.attached is None else repr(self.attached)
+        return f"<Link {what} on {self.socket!r}, {self.backend}>"
 
 
 def failed(error: OSError, backend: Backend, socket: Any, what: Filter | Program) -> BpfError:

@@ -134,7 +134,7 @@ class Program(Resource):
         # Socket buffers always go in with their context, so that what the program wrote there comes out.
         raw = b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
-            done = self._backend.program_run(self.fileno(), bytes(data), raw, repeat)
+            done = self._backend.program_run(self.fileno(), bytes(memoryview(data)), raw, repeat)
         after = unpack_context(name, done.context) if name and done.context else {}
         return RunResult(done.value, done.data, after, done.duration_ns)
 
@@ -215,7 +215,10 @@ def _maps_for(
 
 
 def pack_context(name: str, values: Mapping[str, Any]) -> bytes:
-    """A context structure from field values; what is not given is 0. Raises `ValueError` for an unknown field."""
+    """A context structure from field values; what is not given is 0.
+
+    Raises `ValueError` for what is no field, or does not fit one.
+    """
     from kbpf.uapi.structs import STRUCTS
 
     layout = STRUCTS[name]
@@ -229,7 +232,10 @@ def pack_context(name: str, values: Mapping[str, Any]) -> bytes:
             raise ValueError(f"{name_of_field} of struct {name} has {field.count} elements, not {len(parts)}")
         for index, part in enumerate(parts):
             at = field.offset + index * field.size
-            data[at : at + field.size] = (part & ((1 << 8 * field.size) - 1)).to_bytes(field.size, sys.byteorder)
+            try:
+                data[at : at + field.size] = part.to_bytes(field.size, sys.byteorder, signed=part < 0)
+            except OverflowError:
+                raise ValueError(f"{part} does not fit {name_of_field} of struct {name}, {field.size} bytes") from None
     return bytes(data)
 
 

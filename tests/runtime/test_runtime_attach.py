@@ -153,6 +153,11 @@ def test_what_is_no_socket_is_refused(tmp_path):
     assert caught.value.errno == errno.ENOTSOCK
 
 
+def test_what_is_no_filter_is_refused(udp):
+    with pytest.raises(TypeError, match="not a NoneType"):
+        kbpf.attach(udp[0], None)
+
+
 def test_an_expression_that_a_unix_socket_cannot_answer_is_an_error():
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left, right, pytest.raises(kbpf.FilterError):
