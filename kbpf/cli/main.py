@@ -12,6 +12,7 @@ import sys
 import click
 
 from kbpf.errors import FilterError, FilterSyntaxError, KbpfError
+from kbpf.runtime.backends import chosen
 
 _COMMANDS = ("compile", "count", "doctor", "explain", "load", "map")
 
@@ -33,6 +34,10 @@ class _Lazy(click.Group):
 @click.version_option(package_name="kbpf")
 def cli() -> None:
     """Filters on sockets, eBPF programs and their maps."""
+    try:
+        chosen()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def describe(error: Exception) -> str:

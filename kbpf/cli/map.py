@@ -8,6 +8,7 @@ import click
 
 import kbpf
 from kbpf.cli.output import Table, plain, show, text
+from kbpf.runtime.backends import select_for_socket
 
 
 @click.group("map")
@@ -32,8 +33,10 @@ def dump(which: tuple[str, ...], as_json: bool) -> None:
 
 
 def _opened(which: tuple[str, ...]) -> kbpf.Map:
+    # The emulator of a new process has no maps: it is asked only by name.
+    backend = select_for_socket(None).name
     if len(which) == 2 and which[0] == "id" and which[1].isdecimal():
-        return kbpf.Map.open(id=int(which[1]))
+        return kbpf.Map.open(id=int(which[1]), backend=backend)
     if len(which) == 1:
-        return kbpf.Map.open(path=which[0])
+        return kbpf.Map.open(path=which[0], backend=backend)
     raise click.UsageError("Give the path of a pinned map, or id and a number.")

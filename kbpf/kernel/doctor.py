@@ -55,7 +55,12 @@ def _circumstances() -> Iterator[Finding]:
     if disabled is not None:
         yield Finding("kernel.unprivileged_bpf_disabled", "info", str(disabled))
     if process.lockdown is None:
-        yield Finding("lockdown", "info", "unknown: securityfs is not mounted, or the kernel has no lockdown")
+        yield Finding(
+            "lockdown",
+            "info",
+            "unknown: securityfs is not mounted, or the kernel has no lockdown",
+            "mount -t securityfs none /sys/kernel/security",
+        )
     else:
         yield Finding("lockdown", "info", process.lockdown)
     seccomp = {0: "none", 1: "strict", 2: "a filter"}.get(process.seccomp, str(process.seccomp))

@@ -220,3 +220,20 @@ def test_doctor_names_the_remedy_to_an_unprivileged_user(unprivileged) -> None:
     assert report["packet sockets"]["state"] == "missing"
     assert "CAP_NET_RAW" in report["packet sockets"]["detail"] + report["packet sockets"]["remedy"]
     assert report["classic filter on a UDP socket"]["state"] == "ok"
+
+
+def test_an_unknown_backend_is_wrong_usage(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KBPF_BACKEND", "emulated")
+    done = cli("doctor")
+    assert (done.status, done.out) == (2, "")
+    assert "KBPF_BACKEND: 'emulated' is none of auto, kernel, emulator" in done.err
+
+
+@pytest.mark.requires("unprivileged", "kernel")
+def test_map_dump_of_one_who_may_not_looks_at_the_kernel(unprivileged) -> None:
+    done = unprivileged.run(
+        "from kbpf.cli.main import main; import sys; sys.argv[1:] = ['map', 'dump', 'id', '1']; main()"
+    )
+    assert done.returncode == 1
+    assert "EPERM" in done.stderr
+    assert "CAP_SYS_ADMIN" in done.stderr
