@@ -120,6 +120,9 @@ class _Emitter:
     def _comparison(self, node: Node) -> tuple[Value, Instruction, bool]:
         """What must be in A, the jump, and whether its outcomes are the other way round."""
         test = node.test
+        if node.yes is node.no and test.other is None:
+            # Only the loads matter.
+            return test.value, jump(cbpf.JMP | cbpf.JEQ | cbpf.K, 0, 0, 0), False
         if test.other is not None:
             return test.value, jump(cbpf.JMP | _JUMPS[test.relation] | cbpf.X, 0, 0, 0), False
         if test.mask == M32:

@@ -97,7 +97,10 @@ def ipv4(lowering: Lowering, members: list[Member], qualifiers: Qualifiers, posi
     parts = []
     for kind in kinds:
         ethertype, *offsets = _IPV4[kind]
-        source, destination = (partial(sets.masked, pool, headers.network_word(offset, 4)) for offset in offsets)
+        source, destination = (
+            partial(sets.masked, pool, headers.network_word(offset, 4), ranges=lowering.order == "traffic")
+            for offset in offsets
+        )
         carried = headers.carries(ethertype)
         if carried is not False:
             parts.append(every(carried, lowering.directed(qualifiers.direction, members, source, destination)))
@@ -143,7 +146,8 @@ def _ipv6_is(lowering: Lowering, offset: int, address: int, mask: int) -> Condit
     words = []
     for index in range(4):
         shift = 96 - 32 * index
-        words.append(headers.network_test(offset + 4 * index, 4, address >> shift & M32, mask >> shift & M32))
+        word, member = headers.network_word(offset + 4 * index, 4), (address >> shift & M32, mask >> shift & M32)
+        words.append(sets.masked(lowering.pool, word, [member], lowering.order == "traffic"))
     return every(*words)
 
 
@@ -224,6 +228,11 @@ def _decnet(lowering: Lowering, term: syntax.Match) -> Condition:
     def at(long: int, short: int) -> Condition:
         forms = []
         for offset, flags in ((short, 0x02), (long, 0x06)):
+            if offset == 1 and lowering.order == "traffic":
+                # The address stands next to the flags.
+                forms.append(headers.network_test(2, 4, flags << 24 | address << 8, 0x07FFFF00))
+                forms.append(headers.network_test(2, 4, (0x8100 | flags) << 16 | address, 0xFF07FFFF))
+                continue
             forms.append(every(headers.network_test(2, 1, flags, 0x07), headers.network_test(2 + offset, 2, address)))
             padded = headers.network_test(2, 2, 0x8100 | flags, 0xFF07)
             forms.append(every(padded, headers.network_test(3 + offset, 2, address)))

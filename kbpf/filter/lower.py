@@ -71,27 +71,35 @@ class Lowering:
         self.order = order
         self.netmask = netmask
         self.headers = Headers(pool, layout)
+        #: The primitive at hand rejects the packet where it is true, or the bytes that it asks for have been read:
+        #: either way nobody can tell whether it read them in another order.
+        self.rejects = False
+        self.settled = False
 
     def condition(self, tree: syntax.Expression) -> Condition:
         """The condition that `tree` states. Raises `FilterError` and `FilterSyntaxError`."""
-        # Conjunctions and disjunctions being lowered: their parts, and what is done already.
-        stack: list[tuple[syntax.Every | syntax.Some | syntax.Not, list[Condition]]] = []
+        # Conjunctions and disjunctions being lowered: their parts, what is done already, and the outcomes that reject.
+        stack: list[tuple[syntax.Every | syntax.Some | syntax.Not, list[Condition], frozenset[bool]]] = []
         current: syntax.Expression = tree
+        rejects = frozenset((False,))
         while True:
             if isinstance(current, (syntax.Every, syntax.Some)):
                 current = self._grouped(current)
             if isinstance(current, (syntax.Every, syntax.Some, syntax.Not)):
-                stack.append((current, []))
+                stack.append((current, [], rejects))
+                rejects = _part_rejects(current, 0, rejects)
                 current = current.term if isinstance(current, syntax.Not) else current.terms[0]
                 continue
+            self.rejects = True in rejects
             result = self.primitive(current)
             while stack:
-                node, done = stack[-1]
+                node, done, rejects = stack[-1]
                 if isinstance(node, syntax.Not):
                     result = negated(result)
                 else:
                     done.append(result)
                     if len(done) < len(node.terms):
+                        rejects = _part_rejects(node, len(done), rejects)
                         current = node.terms[len(done)]
                         break
                     result = every(*done) if isinstance(node, syntax.Every) else some(*done)
@@ -103,31 +111,41 @@ class Lowering:
         return FilterSyntaxError(message, self.expression, position)
 
     def _grouped(self, node: syntax.Every | syntax.Some) -> syntax.Expression:
-        """Alternatives (or negated conjuncts) side by side that ask the same of different operands, as one."""
+        """Alternatives (or negated conjuncts) that ask the same of different operands, as one.
+
+        They stand side by side, or one of them was asked before all that stands between: then the bytes that decide
+        about the others have been read, and it cannot be told when these are asked.
+        """
         opposite = isinstance(node, syntax.Every)
         terms: list[syntax.Expression] = []
-        run: list[syntax.Match] = []
-        run_key: tuple[object, ...] | None = None
+        asked: set[tuple[object, ...]] = set()
+        runs: dict[tuple[object, ...], tuple[list[syntax.Match], bool]] = {}
 
         def close() -> None:
-            if run:
-                group: syntax.Expression = syntax.Group(tuple(run)) if len(run) > 1 else run[0]
+            for run, settled in runs.values():
+                group: syntax.Expression = syntax.Group(tuple(run), settled) if settled or len(run) > 1 else run[0]
                 terms.append(syntax.Not(group) if opposite else group)
-                run.clear()
+            runs.clear()
 
         for term in node.terms:
             match = term.term if opposite and isinstance(term, syntax.Not) else term
-            key = (
-                self._group_key(match) if isinstance(match, syntax.Match) and (match is term) is not opposite else None
-            )
-            if key is None or key != run_key:
+            key = self._group_key(match) if isinstance(match, syntax.Match) else None
+            # Of IPv6 addresses no more words are read than match.
+            settled = key in asked and self.order == "traffic" and key[0] is not True
+            if key is None or (match is term) is opposite:
                 close()
-            run_key = key
-            if key is None:
-                terms.append(term)
-            else:
-                assert isinstance(match, syntax.Match)
-                run.append(match)
+                terms.append(syntax.Group((match,), True) if settled and isinstance(match, syntax.Match) else term)
+                if not isinstance(match, (syntax.Match, syntax.Protocol, syntax.Relation)):
+                    # Headers may have moved.
+                    asked.clear()
+                continue
+            assert isinstance(match, syntax.Match)
+            if key not in runs:
+                if not settled:
+                    close()
+                runs[key] = [], settled
+                asked.add(key)
+            runs[key][0].append(match)
         close()
         if len(terms) == 1:
             return terms[0]
@@ -161,7 +179,12 @@ class Lowering:
             return destination(members)
         if direction == "and":
             return every(source(members), destination(members))
-        if len(members) == 1 or self.order == "libpcap":
+        if self.order == "libpcap":
+            return some(source(members), destination(members))
+        if self.settled:
+            # What was read last is compared first.
+            return some(destination(members), source(members))
+        if len(members) == 1 or self.rejects:
             return some(source(members), destination(members))
         # A packet may end before the destination: only the first member is looked for in the source before that.
         return some(source(members[:1]), destination(members), source(members[1:]))
@@ -175,10 +198,9 @@ class Lowering:
             if term.name in ("link", "radio"):
                 raise self.fail(f'"{term.name}" alone says nothing', term.position)
             return self.protocol(term.name)
-        if isinstance(term, syntax.Match):
-            return self.match((term,))
-        if isinstance(term, syntax.Group):
-            return self.match(term.matches)
+        if isinstance(term, (syntax.Match, syntax.Group)):
+            self.settled = isinstance(term, syntax.Group) and term.settled
+            return self.match(term.matches if isinstance(term, syntax.Group) else (term,))
         return _SPECIALS[term.name](self, term)
 
     def _payload_only(self, term: syntax.Primitive) -> None:
@@ -449,6 +471,17 @@ class Lowering:
         if form is None:
             raise self.fail(f'"{name}" is no kind of LLC frame', term.position)
         return every(frame, self.pool.test("eq", headers.llc_word(2, 1), *form))
+
+
+def _part_rejects(
+    node: syntax.Every | syntax.Some | syntax.Not, index: int, rejects: frozenset[bool]
+) -> frozenset[bool]:
+    """The outcomes of a part that reject the packet at once, where `rejects` are those of the whole."""
+    if isinstance(node, syntax.Not):
+        return frozenset(not outcome for outcome in rejects)
+    if index == len(node.terms) - 1:
+        return rejects
+    return rejects & {isinstance(node, syntax.Some)}
 
 
 def _number(term: syntax.Special, index: int) -> int:

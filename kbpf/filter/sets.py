@@ -17,17 +17,33 @@ def member(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condi
     return _tree(pool, word, _united(members))
 
 
-def masked(pool: Pool, word: Value, members: Sequence[tuple[int, int]]) -> Condition:
-    """Whether `word` under one of the masks is the address that goes with it; members are (address, mask)."""
+def masked(pool: Pool, word: Value, members: Sequence[tuple[int, int]], ranges: bool = True) -> Condition:
+    """Whether `word` under one of the masks is the address that goes with it; members are (address, mask).
+
+    With `ranges` a network alone is looked for by its first and last address.
+    """
     found = pool.lookup((word,), members)
     if found is not None:
         return found
+    if ranges and len(members) == 1:
+        return _network(pool, word, *members[0])
     if len(members) <= CHAIN or not all(_is_prefix(mask) for _, mask in members):
         return some(*(pool.test("eq", word, address, mask) for address, mask in members))
     masks = {mask for _, mask in members}
     if len(masks) == 1:
         return _tree(pool, pool.op("and", word, pool.const(masks.pop())), _points(members))
     return _tree(pool, word, _united([(address, address | ~mask & M32) for address, mask in members]))
+
+
+def _network(pool: Pool, word: Value, address: int, mask: int) -> Condition:
+    """Two comparisons do what a mask and a comparison do, and mostly the first one is enough."""
+    if mask in (0, M32) or not _is_prefix(mask):
+        return pool.test("eq", word, address, mask)
+    last = address | ~mask & M32
+    above, below = pool.test("ge", word, address), negated(pool.test("gt", word, last))
+    if address == 0 or last == M32:
+        return above if address else below
+    return every(above, below) if address > M32 - last else every(below, above)
 
 
 def within(pool: Pool, word: Value, low: int, high: int) -> Condition:

@@ -70,9 +70,13 @@ class Match(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Alternatives of one kind with the same qualifiers; made when the tree is given its meaning."""
+    """Alternatives of one kind with the same qualifiers; made when the tree is given its meaning.
+
+    `settled`: another one of that kind was asked before and was false, so the bytes that decide have been read.
+    """
 
     matches: tuple[Match, ...]
+    settled: bool = False
 
 
 class Protocol(NamedTuple):

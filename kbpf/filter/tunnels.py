@@ -83,7 +83,9 @@ def pppoes(lowering: Lowering, term: syntax.Special) -> Condition:
     session = _argument(lowering, term, 0xFFFF, "PPPoE session")
     condition = headers.carries(PPPOES)
     if session is not None:
-        condition = every(condition, headers.network_test(0, 4, session, 0xFFFF))
+        whole = lowering.order == "libpcap"
+        word = headers.network_test(0, 4, session, 0xFFFF) if whole else headers.network_test(2, 2, session)
+        condition = every(condition, word)
     headers.into_pppoe()
     return condition
 
