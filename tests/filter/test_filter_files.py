@@ -28,8 +28,8 @@ PRIMITIVES = [
     "port 1 or 2 or 3 or 4 or 5 or 53 or 80 or 81 or 443 or 7070",
     "tcp port 1 or host 10.0.0.9 or tcp port 443 or host 10.0.0.1 or tcp port 80 or host 10.0.0.2",
     "not port 1 and not host 10.0.0.9 and not port 443 and not host 10.0.0.2 and host 10.0.0.1 and not port 80",
-    *("not (host 10.0.0.1 or 10.0.0.2)", "not host 10.0.0.2 and 10.0.0.1", "ip6 net fe80::/9", "net 192.168.0.0/17"),
-    *("dst net 128.0.0.0/1", "net 0.0.0.0/1", "byte 12 | 1", "decnet dst 10.1", "pppoes 1"),
+    *("not (host 10.0.0.1 or 10.0.0.2)", "not host 10.0.0.2 and 10.0.0.1", "net 192.168.0.0/17"),
+    *("dst net 128.0.0.0/1", "net 0.0.0.0/1", "decnet dst 10.1", "pppoes 1"),
     "src 1.1.1.1 or 2.2.2.2 or 10.0.0.1 or 10.0.0.2 or 5.5.5.5 or 6.6.6.6 or 7.7.7.7 or 8.8.8.8 or 9.9.9.9",
 ]
 
