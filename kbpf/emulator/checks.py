@@ -10,7 +10,6 @@ import errno
 from collections.abc import Iterator, Sequence
 
 from kbpf.backend import LoadRefused
-from kbpf.emulator.interpreter import TAIL_CALL_HELPER
 from kbpf.emulator.semantics import factory, variant
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
@@ -41,21 +40,20 @@ def check(instructions: Sequence[Instruction], may_load_packet: bool = True) -> 
         if pc not in seconds:
             _check_fields(pc, instruction, may_load_packet)
     _check_reachable(instructions, starts, seconds)
-    _check_depth(instructions, starts)
 
 
-def _is_call(instruction: Instruction) -> bool:
+def is_call(instruction: Instruction) -> bool:
     return instruction.opcode == _CALL and instruction.src == ebpf.PSEUDO_CALL
 
 
-def _is_function_address(instruction: Instruction) -> bool:
+def is_function_address(instruction: Instruction) -> bool:
     return instruction.opcode == ebpf.LD_IMM64 and instruction.src == ebpf.PSEUDO_FUNC
 
 
 def _function_starts(instructions: Sequence[Instruction]) -> list[int]:
     starts = {0}
     for pc, instruction in enumerate(instructions):
-        if _is_call(instruction) or _is_function_address(instruction):
+        if is_call(instruction) or is_function_address(instruction):
             start = pc + 1 + instruction.imm
             if not 0 <= start < len(instructions):
                 raise invalid("call to invalid destination")
@@ -63,7 +61,7 @@ def _function_starts(instructions: Sequence[Instruction]) -> list[int]:
     return sorted(starts)
 
 
-def _target(pc: int, instruction: Instruction) -> int | None:
+def jump_target(pc: int, instruction: Instruction) -> int | None:
     """Where a jump goes; None if the instruction does not jump."""
     opcode, _, _, off, imm = instruction
     if opcode & 7 not in (ebpf.JMP, ebpf.JMP32) or opcode & 0xF0 in (ebpf.CALL, ebpf.EXIT):
@@ -74,7 +72,7 @@ def _target(pc: int, instruction: Instruction) -> int | None:
 def _check_jumps(instructions: Sequence[Instruction], starts: Sequence[int]) -> None:
     for start, end in zip(starts, [*starts[1:], len(instructions)], strict=True):
         for pc in range(start, end):
-            target = _target(pc, instructions[pc])
+            target = jump_target(pc, instructions[pc])
             if target is not None and not start <= target < end:
                 raise invalid(f"jump out of range from insn {pc} to {target}")
         if instructions[end - 1].opcode not in (_EXIT, *_JUMPS):
@@ -174,7 +172,7 @@ def _successors(pc: int, instruction: Instruction) -> Iterator[int]:
     elif opcode != _EXIT:
         if opcode not in _JUMPS:
             yield pc + 1
-        target = _target(pc, instruction)
+        target = jump_target(pc, instruction)
         if target is not None:
             yield target
 
@@ -191,7 +189,7 @@ def _check_reachable(instructions: Sequence[Instruction], starts: Sequence[int],
             raise invalid(f"jump into the middle of ldimm64 insn {pc}")
         reached[pc] = True
         instruction = instructions[pc]
-        if _is_call(instruction) or _is_function_address(instruction):
+        if is_call(instruction) or is_function_address(instruction):
             todo.append(pc + 1 + instruction.imm)
         for target in _successors(pc, instruction):
             if target >= len(instructions):
@@ -200,20 +198,3 @@ def _check_reachable(instructions: Sequence[Instruction], starts: Sequence[int],
     for pc, done in enumerate(reached):
         if not done and pc not in seconds:
             raise invalid(f"unreachable insn {pc}")
-
-
-def _check_depth(instructions: Sequence[Instruction], starts: Sequence[int]) -> None:
-    """Functions may be eight deep; tail calls belong to the main one."""
-    ends = [*starts[1:], len(instructions)]
-    calls: dict[int, set[int]] = {}
-    for start, end in zip(starts, ends, strict=True):
-        body = [(pc, instructions[pc]) for pc in range(start, end)]
-        calls[start] = {pc + 1 + i.imm for pc, i in body if _is_call(i)}
-        if start and any(i.opcode == _CALL and not i.src and i.imm == TAIL_CALL_HELPER for _, i in body):
-            raise invalid("tail_call is only allowed in functions that return 'int'")
-    level = {0}
-    for _ in range(ebpf.MAX_CALL_FRAMES):
-        level = {callee for function in level for callee in calls[function]}
-        if not level:
-            return
-    raise invalid(f"the call stack of {ebpf.MAX_CALL_FRAMES + 1} frames is too deep !", errno.E2BIG)

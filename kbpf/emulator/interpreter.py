@@ -28,8 +28,8 @@ FIRST_FRAME = STACK << 32 | ebpf.STACK_SIZE
 #: bpf_tail_call's id: a call that does not come back.
 TAIL_CALL_HELPER = 12
 
-# What a step returns instead of an index.
-ENDED, TAIL_CALL = -1, -2
+# What a step returns instead of an index; SWITCHED: go on in another program, at the run's `resume`.
+ENDED, SWITCHED = -1, -2
 
 #: A helper takes the run and R1 to R5 and gives R0; negative values are made unsigned.
 HelperFunction: TypeAlias = Callable[["Run", int, int, int, int, int], int]
@@ -48,6 +48,14 @@ class Code:
         self.functions = functions
         #: Stack frames that a run may need; 0 if nothing but registers and the packet is touched.
         self.frames = frames
+
+
+class Held(Protocol):
+    """What a helper has given out until the program gives it back."""
+
+    def drop(self) -> None:
+        """The program has ended in a fault."""
+        ...
 
 
 class Subject(Protocol):
@@ -69,7 +77,9 @@ class Run(Space):
     `subject` knows what the packet and the context are; it is asked when the program first needs them.
     """
 
-    __slots__ = ("_context", "_packet", "code", "frames", "length", "state", "subject", "tail_calls")
+    __slots__ = (
+        "_context", "_packet", "base", "code", "frames", "held", "length", "lock", "resume", "state", "subject", "tail_calls"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -92,8 +102,15 @@ class Run(Space):
                              subject.budget]  # fmt: skip
         if code.frames:
             self._context = context
-            self.frames: list[tuple[int, int, int, int, int]] = []
+            #: Where to go on after the function, in which program, its `base`, and R6 to R9.
+            self.frames: list[tuple[int, Code, int, int, int, int, int]] = []
+            #: How many frames there were when `code` began: it may have been tail called by a function.
+            self.base = 0
             self.tail_calls = 0
+            #: The address of the bpf_spin_lock that is held.
+            self.lock = 0
+            #: What the program must give back before it ends.
+            self.held: tuple[Held, ...] = ()
             self._stack(code.frames)
 
     @property
@@ -131,9 +148,9 @@ class Run(Space):
     def enter(self, after: int) -> None:
         """Begin a function's frame; `after` is where to go on when it returns."""
         state, frames = self.state, self.frames
-        if len(frames) + 1 >= ebpf.MAX_CALL_FRAMES:
-            raise EmulationFault(f"the call stack of {len(frames) + 2} frames is too deep")
-        frames.append((after, *state[6:10]))
+        if len(frames) - self.base + 1 >= ebpf.MAX_CALL_FRAMES:
+            raise EmulationFault(f"the call stack of {ebpf.MAX_CALL_FRAMES + 1} frames is too deep")
+        frames.append((after, self.code, self.base, *state[6:10]))
         state[10] = STACK << 32 | ebpf.STACK_SIZE * (len(frames) + 1)
         state[FUEL] -= len(self.code.steps)
         if state[FUEL] < 0:
@@ -144,42 +161,71 @@ class Run(Space):
         if not self.frames:
             return ENDED
         state = self.state
-        after, *state[6:10] = self.frames.pop()
+        after, code, self.base, *state[6:10] = self.frames.pop()
         state[10] = STACK << 32 | ebpf.STACK_SIZE * (len(self.frames) + 1)
-        return after
+        if code is self.code or after == ENDED:
+            self.code = code
+            return after
+        self.code, self.resume = code, after
+        return SWITCHED
 
     def call(self, function: int, *arguments: int) -> int:
         """Call one of the program's functions from a helper; returns its R0."""
         if function not in self.code.functions:
             raise EmulationFault(f"no function starts at instruction {function}")
-        state = self.state
+        state, depth = self.state, len(self.frames)
         self.enter(ENDED)
         state[1 : 1 + len(arguments)] = arguments
-        self._take(function)
+        self._go(function, depth)
         return int(state[0])
 
     def tail_call(self, code: Code) -> bool:
-        """Go on with another program when the current step has returned; False when there were too many."""
+        """Go on with another program when the current step has returned; False when there were too many.
+
+        It takes the place of the current function: when it ends, the function's caller goes on.
+        """
         if self.tail_calls >= ebpf.MAX_TAIL_CALLS:
             return False
         self.tail_calls += 1
-        self.code = code
-        self._stack(code.frames)
+        state, depth = self.state, len(self.frames)
+        callers = self.readable[STACK][: ebpf.STACK_SIZE * depth]
+        self._stack(depth + code.frames)
+        self.writable[STACK][: len(callers)] = callers
+        self.code, self.base, self.resume = code, depth, 0
+        state[1] = CONTEXT_ADDRESS
+        state[FUEL] -= len(code.steps)
+        if state[FUEL] < 0:
+            self.exhausted()
         return True
 
     def execute(self) -> int:
         """Run to the end; returns the low 32 bits of R0."""
-        state = self.state
+        state, frames = self.state, self.code.frames
         try:
-            while self._take(0) == TAIL_CALL:
-                state[1], state[10] = CONTEXT_ADDRESS, FIRST_FRAME
-                state[FUEL] -= len(self.code.steps)
-                if state[FUEL] < 0:
-                    self.exhausted()
+            if frames:
+                self._go(0, 0)
+                if self.lock or self.held:
+                    raise EmulationFault("the program ends with a lock or a reserved record in its hands")
+            else:
+                self._take(0)
             return int(state[0]) & M32
         finally:
             # The state holds the run: without the ring, all goes at once.
             state[RUN] = None
+            for held in self.held if frames else ():
+                held.drop()
+
+    def _go(self, pc: int, depth: int) -> None:
+        """Run until there are no more than `depth` frames and the program or function has ended."""
+        while True:
+            pc = self._take(pc)
+            if pc == ENDED:
+                if len(self.frames) <= depth:
+                    return
+                # A program without functions, tail called by a function.
+                pc = self.leave()
+            if pc == SWITCHED:
+                pc = self.resume
 
     def _take(self, pc: int) -> int:
         steps, state = self.code.steps, self.state
@@ -304,6 +350,6 @@ def _tail_call(target: Callable[[Run, int, int], Code | None], next: int) -> Ste
     def step(r: State) -> int:
         run: Run = r[RUN]
         code = target(run, r[2], r[3] & M32)
-        return TAIL_CALL if code is not None and run.tail_call(code) else next
+        return SWITCHED if code is not None and run.tail_call(code) else next
 
     return step

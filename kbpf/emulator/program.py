@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 from kbpf.backend import LoadRefused
-from kbpf.emulator import checks, helpers
+from kbpf.emulator import calls, checks, helpers
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
@@ -28,6 +28,11 @@ from kbpf.uapi.enums import PROG_TYPES
 
 #: The most maps that a program may use (MAX_USED_MAPS).
 MOST_MAPS = 64
+#: Programs that may use no map with locks, as the kernel calls them.
+_WITHOUT_LOCKS = {
+    "socket_filter": "socket filter",
+    **dict.fromkeys(("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable"), "tracing"),
+}
 _BY_INDEX = (ebpf.PSEUDO_MAP_IDX, ebpf.PSEUDO_MAP_IDX_VALUE)
 #: References to maps, and what they are when the kernel has found the map.
 _REFERENCES = {
@@ -58,6 +63,7 @@ class Program:
             raise LoadRefused(errno.EINVAL, "")
         self.name = object_name(spec.name)
         checks.check(spec.instructions)
+        calls.check(spec)
         #: In order of first use; the program keeps them.
         self.maps: list[Map] = []
         constants = self._resolve(maps, map_of)
@@ -106,6 +112,8 @@ class Program:
             except OSError as error:
                 raise invalid(f"fd {imm} is not pointing to valid bpf_map", error.errno or 0) from None
         if found not in self.maps:
+            if found.has_lock and self.type in _WITHOUT_LOCKS:
+                raise invalid(f"{_WITHOUT_LOCKS[self.type]} progs cannot use bpf_spin_lock yet")
             if len(self.maps) == MOST_MAPS:
                 raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
             self.maps.append(found)

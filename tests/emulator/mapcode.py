@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from btf_bytes import GLOBAL, BtfBytes
 from sides import CB, FRAME, Side
 
 from kbpf.isa import ebpf
@@ -99,3 +101,35 @@ def run(side: Side, program: Code, maps: Sequence[int], data: bytes = FRAME, **s
     finally:
         side.backend.close(fd)
     return int.from_bytes(context[CB : CB + 8], "little")
+
+
+def link_functions(*functions: Code) -> tuple[Code, list[int]]:
+    """Functions one after the other, the main one first; calls and function addresses hold a function's number.
+
+    Returns the program and where its functions start.
+    """
+    starts = [sum(len(f) for f in functions[:number]) for number in range(len(functions))]
+    flat = [instruction for function in functions for instruction in function]
+    for pc, (opcode, dst, src, off, imm) in enumerate(flat):
+        if (opcode == ebpf.JMP | ebpf.CALL and src == ebpf.PSEUDO_CALL) or (
+            opcode == ebpf.LD_IMM64 and src == ebpf.PSEUDO_FUNC
+        ):
+            flat[pc] = Instruction(opcode, dst, src, off, starts[imm] - pc - 1)
+    return flat, starts
+
+
+def call_function(number: int) -> Code:
+    return [Instruction(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_CALL, 0, number)]
+
+
+def function_address(register: int, number: int) -> Code:
+    return [*ld_imm64(register, number, ebpf.PSEUDO_FUNC)]
+
+
+def described(starts: Sequence[int], **function: Any) -> dict[str, bytes]:
+    """BTF and function info for `ProgramSpec`: a global main function, and others as `BtfBytes.function` says."""
+    btf = BtfBytes()
+    ids = [btf.function("main", GLOBAL, parameters=1)]
+    ids += [btf.function(f"f{start}", **{"parameters": 2, **function}) for start in starts[1:]]
+    info = b"".join(struct.pack("=II", *pair) for pair in zip(starts, ids, strict=True))
+    return {"btf": btf.bytes(), "func_info": info}

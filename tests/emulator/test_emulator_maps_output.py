@@ -14,6 +14,7 @@ from mapcode import Code, attempt, call, copy, made, main, mov, put, run, stack,
 from sides import FRAME, Side
 
 from kbpf.emulator.backend import EmulatorBackend
+from kbpf.errors import EmulationFault
 from kbpf.isa.ebpf import ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.uapi import constants as uapi
@@ -295,3 +296,13 @@ def test_a_program_array_is_emptied_when_user_space_lets_it_go(kernel: Side, emu
             assert side.backend.program_run(program, FRAME, bytes(192)).context[48] == 0
         for each in (target, program):
             side.backend.close(each)
+
+
+def test_a_record_that_is_kept_is_a_fault_and_no_obstacle(emulator: Side) -> None:
+    keep = main(the_map(1), mov(2, 16), mov(3, 0), call("ringbuf_reserve"))
+    with made(emulator, RING) as (fd,):
+        with pytest.raises(EmulationFault, match="reserved record"):
+            run(emulator, keep, [fd])
+        assert run(emulator, output(8), [fd]) == 0
+        data = emulator.backend.map_memory(fd, PAGE, 2 * PAGE)
+        assert int.from_bytes(data[:4], "little") == 16 | uapi.BPF_RINGBUF_DISCARD_BIT

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 
 from kbpf.emulator.checks import invalid
-from kbpf.emulator.helpers import maps, output, packet, system
+from kbpf.emulator.helpers import callbacks, locks, maps, output, packet, system
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
 from kbpf.uapi.enums import HELPERS
 
@@ -36,7 +36,7 @@ NAMES = {number: name for name, number in HELPERS.items()}
 #: By bpftool's name; each takes the run and R1 to R5.
 FUNCTIONS: dict[int, HelperFunction] = {
     HELPERS[name]: function
-    for table in (maps.HELPERS, output.HELPERS, packet.HELPERS, system.HELPERS)
+    for table in (callbacks.HELPERS, locks.HELPERS, maps.HELPERS, output.HELPERS, packet.HELPERS, system.HELPERS)
     for name, function in table.items()
 }
 

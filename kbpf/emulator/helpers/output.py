@@ -34,7 +34,10 @@ def ringbuf_output(run: Run, ring: int, data: int, size: int, flags: int, _: int
 def ringbuf_reserve(run: Run, ring: int, size: int, flags: int, *_: int) -> int:
     found = _ring(run, ring)
     record = None if flags else found.reserve(size)
-    return 0 if record is None else record.region.address
+    if record is None:
+        return 0
+    run.held = (*run.held, record)
+    return record.region.address
 
 
 def ringbuf_submit(run: Run, address: int, *_: int) -> int:
@@ -50,6 +53,7 @@ def _commit(run: Run, address: int, discard: bool) -> int:
     if not isinstance(record, Record):
         raise EmulationFault("this is no reserved record", address=address)
     record.ring.commit(record, discard)
+    run.held = tuple(held for held in run.held if held is not record)
     run.forget(record.region)
     return 0
 

@@ -37,13 +37,21 @@ class Array(Map):
         index = int.from_bytes(key, sys.byteorder)
         return self.values.address + index * self._stride if index < self.max_entries else 0
 
+    def all_keys(self) -> list[bytes]:
+        """All keys, in order."""
+        return [index.to_bytes(4, sys.byteorder) for index in range(self.max_entries)]
+
+    def place(self, key: bytes) -> int:
+        """The address of the value for a program on this processor, without that counting as use; 0 if none."""
+        return self.find(key)
+
     def value_address(self, offset: int) -> int:
         """The address of a byte of the only value, for BPF_PSEUDO_MAP_VALUE."""
         return self.values.address + offset
 
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         at = self._place(key, flags)
-        self.values.buffer[at : at + self.value_size] = value  # type: ignore[index]
+        self.values.buffer[at : at + self.value_size] = self.cleared(value)  # type: ignore[index]
 
     def remove(self, key: bytes) -> None:
         raise refused(errno.EINVAL)
@@ -81,7 +89,7 @@ class Array(Map):
             raise refused(errno.E2BIG)
         if flags & uapi.BPF_NOEXIST:
             raise refused(errno.EEXIST)
-        if flags & uapi.BPF_F_LOCK:
+        if flags & uapi.BPF_F_LOCK and not self.has_lock:
             raise refused(errno.EINVAL)
         return index * self._stride
 

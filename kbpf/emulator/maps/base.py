@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 from kbpf.emulator.environment import environment
+from kbpf.emulator.maps.special import special_fields
 from kbpf.emulator.memory import M32, MutableBuffer, Region
 from kbpf.errors import ENOTSUPP, EmulationFault
 from kbpf.specs import MapSpec
@@ -88,6 +89,8 @@ class Map:
         self.map_extra = spec.map_extra
         self.cpus = environment.cpus
         self.check_creation()
+        self.special = special_fields(spec)
+        self.has_lock = any(field.name == "bpf_spin_lock" for field in self.special)
         # Those are rights of the descriptor, not the map's.
         self.flags &= ~(uapi.BPF_F_RDONLY | uapi.BPF_F_WRONLY)
         self.frozen = False
@@ -188,6 +191,12 @@ class Map:
             readable=not self.flags & uapi.BPF_F_WRONLY_PROG,
             writable=not self.flags & uapi.BPF_F_RDONLY_PROG,
         )
+
+    def cleared(self, value: bytes) -> bytes:
+        """A value as it is stored: fields that are the kernel's own are left out."""
+        for _, offset, size in self.special:
+            value = value[:offset] + bytes(size) + value[offset + size :]
+        return value
 
     @property
     def slot_size(self) -> int:

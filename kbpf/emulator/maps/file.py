@@ -115,7 +115,7 @@ class MapFile:
 
         def one(index: int) -> None:
             value = values[index * value_size : (index + 1) * value_size]
-            self.map.write(keys[index * size : (index + 1) * size], value, 0)
+            self.map.write(keys[index * size : (index + 1) * size], value, flags)
 
         return self._change_batch("update", count, flags, one)
 
@@ -131,8 +131,9 @@ class MapFile:
         try:
             self._check_writable()
             self._check_batch(operation)
-            if flags:
+            if flags & ~uapi.BPF_F_LOCK:
                 raise refused(errno.EINVAL)
+            self._check_lock(flags)
             for done in range(count):
                 one(done)
         except OSError as error:
@@ -148,10 +149,8 @@ class MapFile:
         if not self.writable or self.map.frozen:
             raise refused(errno.EPERM)
 
-    @staticmethod
-    def _check_lock(flags: int) -> None:
-        # No map here has a bpf_spin_lock in its values.
-        if flags & uapi.BPF_F_LOCK:
+    def _check_lock(self, flags: int) -> None:
+        if flags & uapi.BPF_F_LOCK and not self.map.has_lock:
             raise refused(errno.EINVAL)
 
     def _check_batch(self, operation: str) -> None:

@@ -122,6 +122,17 @@ class Hash(Map):
         if entry is None:
             return 0
         self.used(entry)
+        return self.place(key)
+
+    def all_keys(self) -> list[bytes]:
+        """All keys there are."""
+        return list(self._entries)
+
+    def place(self, key: bytes) -> int:
+        """The address of the value for a program on this processor, without that counting as use; 0 if none."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return 0
         return entry.address + environment.cpu * self._slot if self.per_cpu else entry.address
 
     def read(self, key: bytes) -> bytes:
@@ -188,20 +199,23 @@ class Hash(Map):
         raise refused(errno.E2BIG)
 
     def _check_update(self, key: bytes, flags: int) -> Entry | None:
-        if flags > uapi.BPF_EXIST:
+        condition = flags & ~uapi.BPF_F_LOCK
+        if condition > uapi.BPF_EXIST or (flags != condition and not self.has_lock):
             raise refused(errno.EINVAL)
         entry = self._entries.get(key)
-        if entry is not None and flags == uapi.BPF_NOEXIST:
+        if entry is not None and condition == uapi.BPF_NOEXIST:
             raise refused(errno.EEXIST)
-        if entry is None and flags == uapi.BPF_EXIST:
+        if entry is None and condition == uapi.BPF_EXIST:
             raise refused(errno.ENOENT)
         return entry
 
     def _put(self, key: bytes, value: bytes, flags: int) -> None:
         entry = self._check_update(key, flags)
+        value = self.cleared(value)
         if entry is None:
             self._add(key, value)
-        elif self.per_cpu:
+        elif self.per_cpu or flags & uapi.BPF_F_LOCK:
+            # In place: programs that hold a pointer see it.
             self._slots.write(entry.address, value)
         else:
             address = self._spare or self._slots.take()

@@ -91,6 +91,9 @@ class Record:
         buffer = bytearray(ring.data.read(position + uapi.BPF_RINGBUF_HDR_SZ, size))
         self.region = Region(buffer, owner=weakref.ref(self))
 
+    def drop(self) -> None:
+        self.ring.commit(self, discard=True)
+
 
 class RingBuffer(Ring):
     """From programs to user space: reserved, filled, then submitted or discarded."""

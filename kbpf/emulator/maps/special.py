@@ -1,0 +1,66 @@
+"""Fields of map values that are the kernel's own, by what BTF says of the value (kernel/bpf/btf.c).
+
+Programs reach them through helpers only. User space reads zeroes, and what it writes there is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kbpf.errors import ObjectError
+from kbpf.specs import MapSpec
+from kbpf.types import Array, Struct, Type
+
+#: Types of maps that may have each; sizes are those of linux/bpf.h.
+_LOCK_TYPES = frozenset(
+    {"hash", "array", "cgroup_storage", "sk_storage", "inode_storage", "task_storage", "cgrp_storage"}
+)
+_TIMER_TYPES = frozenset({"hash", "lru_hash", "array"})
+_TYPES = {"bpf_spin_lock": (_LOCK_TYPES, 4), "bpf_timer": (_TIMER_TYPES, 16), "bpf_wq": (_TIMER_TYPES, 16)}
+
+
+class Special(NamedTuple):
+    """One such field: the name of its struct, and where it lies in the value."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def special_fields(spec: MapSpec) -> tuple[Special, ...]:
+    """The value's special fields. Where Linux would not take the BTF, the map is made without: there are none."""
+    if not (spec.btf and spec.btf_value_type_id):
+        return ()
+    # Few maps have BTF, and parsing it takes a package that others do without.
+    from kbpf.elf.btf import Btf
+
+    try:
+        types = Btf(spec.btf)
+        value = types.resolve(spec.btf_value_type_id)
+        key = types.resolve(spec.btf_key_type_id) if spec.btf_key_type_id else None
+    except ObjectError:
+        return ()
+    if value.size != spec.value_size or key is None or key.size != spec.key_size:
+        return ()
+    found = tuple(_fields(value, 0))
+    names = [field.name for field in found]
+    allowed = all(
+        spec.type in _TYPES[field.name][0] and field.size == _TYPES[field.name][1] and not field.offset % 4
+        for field in found
+    )
+    return found if allowed and len(names) == len(set(names)) else ()
+
+
+def _fields(type: Type, at: int) -> Iterator[Special]:
+    if isinstance(type, Struct):
+        for member in type.members:
+            offset = at + member.bit_offset // 8
+            inner = member.type
+            if isinstance(inner, Struct) and inner.name in _TYPES:
+                yield Special(inner.name, offset, inner.size)
+            else:
+                yield from _fields(inner, offset)
+    elif isinstance(type, Array):
+        for index in range(type.count):
+            yield from _fields(type.element, at + index * type.element.size)
