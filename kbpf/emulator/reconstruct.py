@@ -42,9 +42,9 @@ class Kind(NamedTuple):
 
     @property
     def udp(self) -> bool:
-        return self.family in (sockets.AF_INET, sockets.AF_INET6) and self.protocol == sockets.IPPROTO_UDP != (
-            self.type == sockets.SOCK_RAW
-        )
+        """Not a raw socket for UDP, which is given the UDP header."""
+        inet = self.family in (sockets.AF_INET, sockets.AF_INET6)
+        return inet and self.type == sockets.SOCK_DGRAM and self.protocol == sockets.IPPROTO_UDP
 
 
 #: Socket options that have the kernel tell what the payload does not, and what it then tells: (level, option, type).

@@ -26,6 +26,7 @@ from kbpf.emulator.filtered import FilteredSocket
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.packetsocket import EmulatedPacketSocket
 from kbpf.isa import cbpf
+from kbpf.testing.network import NetworkNamespace
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these are Linux's sockets")
 
@@ -211,6 +212,22 @@ def test_real_sockets_give_the_reader_what_the_kernel_gives(name: str) -> None:
             assert results[0] == results[1] or program in unknown, program
             passed += len(results[0])
     assert passed > 50
+
+
+@pytest.mark.requires("netns")
+@pytest.mark.parametrize(("family", "host", "start"), [(socket.AF_INET, "127.0.0.1", 20), (socket.AF_INET6, "::1", 0)])
+def test_raw_sockets_for_udp_give_the_udp_header_to_the_filter(
+    netns: NetworkNamespace, side: Any, family: int, host: str, start: int
+) -> None:
+    with (
+        netns.socket(family, socket.SOCK_RAW, socket.IPPROTO_UDP) as reader,
+        netns.socket(family, socket.SOCK_DGRAM) as sender,
+    ):
+        filtered = side.attach(reader, passes_if(cbpf.H, start + 2, 7070))
+        for port, payload in ((9, b"no"), (7070, b"yes")):
+            sender.sendto(payload, (host, port))
+        data = filtered.recv(100)
+        assert data[start + 2 :] == struct.pack("!HH", 7070, 11) + data[start + 6 : start + 8] + b"yes"
 
 
 @pytest.mark.parametrize("name", kinds())
