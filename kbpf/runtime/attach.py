@@ -154,9 +154,13 @@ def packet_socket(
     ``"raw"`` frames start with the link header, ``"dgram"`` ones with the network header; `protocol` is an ETH_P_*
     in host order, by default ETH_P_ALL. Nothing is queued before it is bound. In ``auto`` it is the kernel's: an
     emulated interface sees only what a test injects. Needs CAP_NET_RAW; raises `PermissionDeniedError` without,
-    `BpfError` (ENODEV) for an unknown interface.
+    `BpfError` (ENODEV) for an unknown interface, `ValueError` for another `type` or a `protocol` out of range.
     """
+    if type not in ("raw", "dgram"):
+        raise ValueError(f"type: {type!r} is none of raw, dgram")
+    if not 0 <= protocol <= 0xFFFF:
+        raise ValueError(f"protocol: {protocol} is no ETH_P_*, which have 16 bits")
     carrier = select_for_socket(backend)
-    where = f"on {interface}" if interface else "on all interfaces"
+    where = "on all interfaces" if interface is None else f"on {interface}"
     with doing(carrier, f"open a packet socket {where}", operation="socket(AF_PACKET)"):
         return carrier.packet_socket(interface, type=type, protocol=protocol)

@@ -270,3 +270,9 @@ def test_an_ipv6_socket_gets_ipv4_and_the_filter_knows():
             with kbpf.attach(receiver, expression, backend="kernel"):
                 sender.sendto(b"x", ("127.0.0.1", port))
                 assert received(receiver) == ([b"x"] if passes else []), expression
+
+
+@pytest.mark.parametrize("wrong", [{"type": "cooked"}, {"protocol": -1}, {"protocol": 0x10000}])
+def test_a_packet_socket_of_no_kind_is_refused(wrong, backend):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        kbpf.packet_socket("lo", backend=backend, **wrong)
