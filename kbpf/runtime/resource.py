@@ -52,6 +52,10 @@ class Resource:
         if fd is not None:
             self._backend.close(fd)
 
+    def __reduce__(self) -> str:
+        # Two owners would both close it, the second one whatever has the number by then.
+        raise TypeError(f"{self.label} cannot be copied or pickled: it owns a descriptor")
+
     def __enter__(self: Self) -> Self:
         return self
 
@@ -63,5 +67,7 @@ class Resource:
     def __del__(self) -> None:
         # A forked child inherits the object but is not its owner: only the parent is warned.
         if getattr(self, "_fd", None) is not None and self._pid == os.getpid():
-            warnings.warn(f"{self.label} was dropped open", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            try:
+                warnings.warn(f"{self.label} was dropped open", ResourceWarning, stacklevel=2, source=self)
+            finally:
+                self.close()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +27,24 @@ def test_a_run_gives_value_packet_and_context(backend: str) -> None:
 def test_a_context_that_does_not_fit_is_refused(backend: str, context: dict[str, Any]) -> None:
     with kbpf.load_program(RETURN_SEVEN, backend=backend) as program, pytest.raises(ValueError, match="__sk_buff"):
         program.run(FRAME, context)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_descriptor_keeps_one_owner(backend: str, way: Callable[[object], object]) -> None:
+    with kbpf.load_program(RETURN_SEVEN, backend=backend) as program:
+        with pytest.raises(TypeError, match="owns a descriptor"):
+            way(program)
+        assert program.run(FRAME).value == 7
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.requires("kernel")
+def test_a_program_that_is_dropped_is_closed_even_if_warnings_are_errors() -> None:
+    program = kbpf.load_program(RETURN_SEVEN, backend="kernel")
+    descriptor = Path(f"/proc/self/fd/{program.fileno()}")
+    del program
+    assert not os.path.lexists(descriptor)
 
 
 def test_a_number_is_no_packet(backend: str) -> None:
