@@ -2,8 +2,8 @@
 
 The registers are the kernel's: A is R0, X is R7, the context stays in R6. What eBPF as
 user space may load it cannot say (network-relative loads, ancillary words that no
-`__sk_buff` field holds) is kept as LD_ABS/LD_IND with the classic offset; `ancillary`
-tells whether a program has such, and the emulator runs them as the kernel's converted filter does.
+`__sk_buff` field holds) is kept as LD_ABS/LD_IND with the classic offset; the emulator runs these as the kernel's
+converted filter does.
 
 `to_loadable` is the translation that Linux loads: ancillary words come from the context or from helpers.
 """
