@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
-from kbpf.emulator import maps, network, sockets, test_run
+from kbpf.emulator import maps, network, sockets, test_runs
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
@@ -199,7 +199,7 @@ class EmulatorBackend:
         )
 
     def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
-        return test_run.run(self.program(fd), data, context, repeat)
+        return test_runs.run(self.program(fd), data, context, repeat)
 
     # Pins and ids.
 

@@ -1,7 +1,7 @@
-"""`struct __sk_buff` as programs see it: fields computed from a `Packet`.
+"""`struct __sk_buff` as programs see it: fields computed from a `Packet`, and the bytes where programs reach them.
 
-Which fields a socket filter may read and write is `sk_filter_is_valid_access`'s rule in net/core/filter.c: no direct
-packet access, no addresses; only ``cb`` may be written.
+Which fields a type's programs may read and write are the `*_is_valid_access` rules of net/core/filter.c, measured on
+Linux 6.18. A load of `data` gives an address in the packet's region, which begins at offset 0 and ends with the packet.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
+from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.packet import Packet
 from kbpf.uapi.structs import STRUCTS
 
 _LAYOUT = STRUCTS["__sk_buff"]
+_NO_QUEUE_MAPPING = 0xFFFF
 
 _READ: dict[str, Callable[[Packet], int]] = {
     "len": lambda packet: packet.length,
@@ -32,44 +35,113 @@ _READ: dict[str, Callable[[Packet], int]] = {
     "napi_id": lambda packet: packet.napi_id,
     "gso_segs": lambda packet: packet.gso_segs,
     "gso_size": lambda packet: packet.gso_size,
+    "tc_classid": lambda packet: packet.tc_classid,
+    "wire_len": lambda packet: packet.wire_len,
+    "tstamp": lambda packet: packet.tstamp,
+    "tstamp_type": lambda packet: packet.tstamp_type,
+    "hwtstamp": lambda packet: packet.hwtstamp,
+    "data": lambda packet: PACKET_ADDRESS,
+    "data_meta": lambda packet: PACKET_ADDRESS,
+    "data_end": lambda packet: PACKET_ADDRESS + len(packet.buffer) - packet.offset,
 }
-_FIELD_AT = {_LAYOUT.fields[name].offset: read for name, read in _READ.items()}
+#: How many bytes of a field that programs set are kept.
+_WRITE = {"mark": 4, "priority": 4, "tc_index": 2, "tc_classid": 2, "queue_mapping": 2, "tstamp": 8}
+_ATTRIBUTE = {"queue_mapping": "queue"}
+#: Read whole or not at all.
+_WHOLE = ("data", "data_meta", "data_end", "tstamp", "tstamp_type", "hwtstamp")
+_FIELD_AT = {_LAYOUT.fields[name].offset: name for name in _READ}
 #: Bytes that the kernel keeps of a field, where they are fewer than the four that programs see.
 _KEPT = {
-    _LAYOUT.fields[name].offset: size
+    name: size
     for size, names in {
         1: ("pkt_type",),
-        2: ("queue_mapping", "protocol", "vlan_tci", "vlan_proto", "tc_index", "gso_segs", "gso_size"),
+        2: (
+            "queue_mapping", "protocol", "vlan_tci", "vlan_proto", "tc_index", "gso_segs", "gso_size", "tc_classid",
+        ),
     }.items()
     for name in names
-}
+}  # fmt: skip
 _CB = _LAYOUT.fields["cb"]
 _CB_END = _CB.offset + _CB.size * _CB.count
 
 
+class Access(NamedTuple):
+    """What programs of a type may do with the context: fields they read and write, and the packet's bytes."""
+
+    read: frozenset[str]
+    write: frozenset[str] = frozenset()
+    direct: bool = False
+    writes_packet: bool = False
+
+
+_METADATA = frozenset(
+    "len pkt_type mark queue_mapping protocol vlan_present vlan_tci vlan_proto priority ingress_ifindex ifindex "
+    "tc_index hash napi_id gso_segs gso_size".split()
+)
+_DATA = frozenset(("data", "data_end"))
+_SCHED = Access(
+    _METADATA | _DATA | {"data_meta", "tc_classid", "tstamp", "tstamp_type", "wire_len", "hwtstamp"},
+    frozenset(_WRITE),
+    direct=True,
+    writes_packet=True,
+)
+_LWT = Access(_METADATA | _DATA, frozenset(("mark", "priority")), direct=True)
+#: By program type; ``cb`` may be read and written by all of them.
+ACCESS = {
+    "socket_filter": Access(_METADATA),
+    "sched_cls": _SCHED,
+    "sched_act": _SCHED,
+    "cgroup_skb": Access(
+        _METADATA | _DATA | {"tstamp", "hwtstamp"}, frozenset(("mark", "priority", "tstamp")), direct=True
+    ),
+    "lwt_in": _LWT,
+    "lwt_out": _LWT,
+    "lwt_xmit": _LWT._replace(writes_packet=True),
+}
+
+
 class SkBuff:
-    """The context of one run of a socket filter; a `kbpf.emulator.memory.Fields`."""
+    """The context of one run over a socket buffer; a `kbpf.emulator.interpreter.Context`."""
 
-    __slots__ = ("cb", "packet")
+    __slots__ = ("access", "cb", "packet")
 
-    def __init__(self, packet: Packet) -> None:
+    def __init__(self, packet: Packet, program_type: str = "socket_filter") -> None:
         self.packet = packet
+        self.access = ACCESS[program_type]
         self.cb = bytearray().join(word.to_bytes(4, sys.byteorder) for word in packet.cb)
+        if self.access.direct:
+            packet.buffer = bytearray(packet.buffer)
+
+    def show(self, run: Run) -> None:
+        if self.access.direct:
+            packet = self.packet
+            run.show(memoryview(packet.buffer)[packet.offset :], self.access.writes_packet)
 
     def load(self, offset: int, size: int) -> int | None:
         if offset % size:
             return None
         if _CB.offset <= offset and offset + size <= _CB_END:
             return int.from_bytes(self.cb[offset - _CB.offset : offset - _CB.offset + size], sys.byteorder)
-        read = _FIELD_AT.get(offset & ~3)
-        if read is None or size > 4:
+        name = _FIELD_AT.get(offset & ~3)
+        if name is None or name not in self.access.read:
             return None
-        value = read(self.packet)
+        if name in _WHOLE:
+            return _READ[name](self.packet) if (offset, size) == _LAYOUT.fields[name][:2] else None
+        if size > 4:
+            return None
+        value = _READ[name](self.packet)
         # The kernel shifts and masks what it keeps wider than the load, and gives what it keeps narrower as it is.
-        return value if size >= _KEPT.get(offset & ~3, 4) else value >> 8 * (offset & 3) & (1 << 8 * size) - 1
+        return value if size >= _KEPT.get(name, 4) else value >> 8 * (offset & 3) & (1 << 8 * size) - 1
 
     def store(self, offset: int, size: int, value: int) -> bool:
-        if offset % size or not (_CB.offset <= offset and offset + size <= _CB_END):
+        if offset % size:
             return False
-        self.cb[offset - _CB.offset : offset - _CB.offset + size] = value.to_bytes(size, sys.byteorder)
+        if _CB.offset <= offset and offset + size <= _CB_END:
+            self.cb[offset - _CB.offset : offset - _CB.offset + size] = value.to_bytes(size, sys.byteorder)
+            return True
+        name = _FIELD_AT.get(offset)
+        if name not in self.access.write or size != _LAYOUT.fields[name].size:
+            return False
+        if name != "queue_mapping" or value < _NO_QUEUE_MAPPING:
+            setattr(self.packet, _ATTRIBUTE.get(name, name), value & (1 << 8 * _WRITE[name]) - 1)
         return True

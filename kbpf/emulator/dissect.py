@@ -56,7 +56,7 @@ def payload_offset(packet: Packet) -> int:
     """Offset of the transport payload from the program's offset 0; 0 if the packet is not understood."""
     if packet.network is None:
         return 0
-    data, at, protocol = packet.buffer, packet.network, packet.protocol
+    data, at, protocol = bytes(packet.buffer), packet.network, packet.protocol
     transport, skip = 0, True
     # A tag in the metadata is a header too.
     headers = 0 if packet.vlan_tci is None else 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,13 @@ def _possible_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def _comm() -> bytes:
+    try:
+        return Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+    except OSError:
+        return b""
+
+
 @dataclass(slots=True, kw_only=True)
 class Environment:
     """The emulated machine. Set its attributes to make runs repeatable."""
@@ -31,6 +40,37 @@ class Environment:
     clock: Callable[[], int] = time.monotonic_ns
     #: A random 32-bit number.
     random32: Callable[[], int] = lambda: random.getrandbits(32)
+    #: Nanoseconds that the machine was suspended: what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC.
+    suspended: int = 0
+    #: CLOCK_TAI in nanoseconds.
+    tai_clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_TAI)
+    #: Jiffies in a second (CONFIG_HZ).
+    ticks: int = 1000
+    numa_node: int = 0
+    #: The process that programs run in: its thread group and thread, group and user, and name.
+    pid_tgid: Callable[[], int] = lambda: os.getpid() << 32 | threading.get_native_id()
+    uid_gid: Callable[[], int] = lambda: os.getgid() << 32 | os.getuid()
+    comm: Callable[[], bytes] = _comm
+    #: Device and inode of its PID namespace.
+    pid_namespace: tuple[int, int] = (0, 0)
+    #: Its control group's id, those of the groups around it from the root on, and its net_cls number.
+    cgroup_id: int = 1
+    cgroup_ancestors: tuple[int, ...] = ()
+    cgroup_classid: int = 0
+    #: Signals that programs have sent to it.
+    signals: list[int] = field(default_factory=list)
+    #: Its memory, by address and size; None where there is none.
+    user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
+    #: The socket that packets belong to, and its network namespace.
+    socket_cookie: int = 1
+    socket_uid: int = 0
+    netns_cookie: int = 1
+    #: The realm of a packet's route.
+    route_realm: int = 0
+    #: What a flow's hash is made by, of the packet from offset 0 on.
+    flow_hash: Callable[[bytes], int] = zlib.crc32
+    #: Indices of the interfaces that a copy of a packet can be sent to.
+    interfaces: frozenset[int] = frozenset((1,))
     #: Where bpf_trace_printk writes; None: nowhere.
     trace: Callable[[str], object] | None = None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
-from kbpf.emulator.memory import CONTEXT, M32, M64, STACK, Buffer, Fields, MutableBuffer, Space
+from kbpf.emulator.memory import CONTEXT, M32, M64, PACKET, STACK, Buffer, Fields, MutableBuffer, Space
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import DATA, FUEL, RUN, State, Step, factory, variant
 from kbpf.errors import EmulationFault
@@ -23,6 +23,7 @@ from kbpf.isa.ebpf import Instruction
 BUDGET = 1 << 24
 
 CONTEXT_ADDRESS = CONTEXT << 32
+PACKET_ADDRESS = PACKET << 32
 FIRST_FRAME = STACK << 32 | ebpf.STACK_SIZE
 
 #: bpf_tail_call's id: a call that does not come back.
@@ -50,6 +51,14 @@ class Code:
         self.frames = frames
 
 
+class Context(Fields, Protocol):
+    """What R1 points to."""
+
+    def show(self, run: Run) -> None:
+        """Put the packet into the run's regions where programs reach it directly: at first and when it has moved."""
+        ...
+
+
 class Held(Protocol):
     """What a helper has given out until the program gives it back."""
 
@@ -68,7 +77,7 @@ class Subject(Protocol):
         """The packet, where the run was given only its bytes."""
         ...
 
-    def context(self, packet: Packet) -> Fields: ...
+    def context(self, packet: Packet) -> Context: ...
 
 
 class Run(Space):
@@ -88,7 +97,7 @@ class Run(Space):
         packet: Packet | None,
         data: bytes,
         length: int = 0,
-        context: Fields | None = None,
+        context: Context | None = None,
     ) -> None:
         self.subject = subject
         self.code = code
@@ -102,6 +111,8 @@ class Run(Space):
                              subject.budget]  # fmt: skip
         if code.frames:
             self._context = context
+            if context is not None:
+                context.show(self)
             #: Where to go on after the function, in which program, its `base`, and R6 to R9.
             self.frames: list[tuple[int, Code, int, int, int, int, int]] = []
             #: How many frames there were when `code` began: it may have been tail called by a function.
@@ -119,12 +130,21 @@ class Run(Space):
             self._packet = self.subject.packet(self.state[DATA], self.length)
         return self._packet
 
-    def fields(self, number: int) -> Fields | None:
-        if number != CONTEXT:
-            return None
+    @property
+    def context(self) -> Context:
         if self._context is None:
             self._context = self.subject.context(self.packet)
+            self._context.show(self)
         return self._context
+
+    def fields(self, number: int) -> Fields | None:
+        return self.context if number == CONTEXT else None
+
+    def show(self, buffer: MutableBuffer, writable: bool) -> None:
+        """What programs reach of the packet from `PACKET_ADDRESS` on, which is offset 0 of packet loads."""
+        self.readable[PACKET] = self.state[DATA] = buffer
+        if writable:
+            self.writable[PACKET] = buffer
 
     def _stack(self, frames: int) -> None:
         self.readable[STACK] = self.writable[STACK] = bytearray(ebpf.STACK_SIZE * frames)

@@ -23,7 +23,7 @@ from kbpf.errors import EmulationFault
 M32 = 0xFFFFFFFF
 M64 = 0xFFFFFFFFFFFFFFFF
 
-CONTEXT, STACK, PACKET = 1, 2, 3
+CONTEXT, STACK, PACKET, FLOW_KEYS = 1, 2, 3, 4
 FIRST_SHARED = 0x100
 
 MutableBuffer: TypeAlias = "bytearray | memoryview | mmap"

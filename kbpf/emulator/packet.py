@@ -7,7 +7,10 @@ packets (an emulated interface, a socket, BPF_PROG_TEST_RUN) builds one; program
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+#: Bytes that drivers leave before a packet, and the step in which more are made.
+NET_SKB_PAD = 64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,7 +25,8 @@ class Packet:
     Numbers are in host order, `protocol` and `vlan_proto` too; the context gives them as stored.
     """
 
-    buffer: bytes
+    #: A bytearray where programs may write into it, whose size then never changes: see `resize`.
+    buffer: bytes | bytearray
     offset: int = 0
     mac: int | None = None
     network: int | None = None
@@ -50,6 +54,28 @@ class Packet:
     vlan_proto: int = 0x8100
     #: ``skb->cb`` as programs see it, five words.
     cb: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    #: Nanoseconds, of the packet's clock (`tstamp_type`) and of the network card's.
+    tstamp: int = 0
+    tstamp_type: int = 0
+    hwtstamp: int = 0
+    #: What traffic control keeps beside the packet.
+    tc_classid: int = 0
+    wire_len: int = 0
+    #: Whether `hash` is one, or still to be made.
+    hash_known: bool = False
+    #: Where the transport header starts, counted from the start of `buffer`, once somebody has said so.
+    transport: int | None = None
+    #: What was cut off behind `buffer`, and may come back.
+    behind: bytes = b""
+    #: Bytes that are free before `buffer`.
+    headroom: int = NET_SKB_PAD
+    #: A tunnel's header was pushed before the packet's own.
+    encapsulated: bool = False
+    #: How many checksums behind one another are known to be right, less one; None: none is.
+    csum_level: int | None = None
+    #: Where a program has redirected the packet, and copies that it sent: (interface index, flags), and the bytes.
+    redirected: tuple[int, int] | None = None
+    copies: list[tuple[int, int, bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.length < 0:
@@ -58,4 +84,39 @@ class Packet:
     @property
     def data(self) -> bytes:
         """The bytes from offset 0 on."""
-        return self.buffer[self.offset :] if self.offset else self.buffer
+        return bytes(self.buffer[self.offset :] if self.offset else self.buffer)
+
+    def push(self, size: int) -> None:
+        """Move offset 0 to the front, into what lies there or into zeroes (`skb_push`)."""
+        missing = max(size - self.offset, 0)
+        if missing:
+            self._make_headroom(missing)
+            self.buffer = bytearray(missing) + self.buffer
+            self.mac = None if self.mac is None else self.mac + missing
+            self.network = None if self.network is None else self.network + missing
+            self.transport = None if self.transport is None else self.transport + missing
+        self.offset += missing - size
+        self.length += size
+
+    def _make_headroom(self, size: int) -> None:
+        """Use bytes before the buffer, moving it where there are too few (`skb_cow`)."""
+        lacking = max(size - self.headroom, 0)
+        if lacking:
+            grown = -(-lacking // NET_SKB_PAD) * NET_SKB_PAD
+            self.headroom += grown
+            if self.transport is None:
+                # The kernel moves "not set", which is 0xffff, too: it is a position now, just before `grown`.
+                self.transport = grown - 1 - self.headroom
+        self.headroom -= size
+
+    def pull(self, size: int) -> None:
+        """Move offset 0 to the back (`skb_pull`)."""
+        self.offset += size
+        self.length -= size
+
+    def resize(self, length: int) -> None:
+        """Cut at the end, or add zeroes, so that `length` bytes follow offset 0."""
+        end = self.offset + length
+        self.behind = bytes(self.buffer[end:]) + self.behind[max(length - self.length, 0) :]
+        self.buffer = bytearray(self.buffer[:end].ljust(end, b"\0"))
+        self.length = length

@@ -123,7 +123,7 @@ class EmulatedPacketSocket:
         """Filter a packet whose offset 0 is the link header, and queue what is kept (`packet_rcv`)."""
         network = packet.network or 0
         protocol, tag = packet.protocol, None if packet.vlan_tci is None else (packet.vlan_tci, packet.vlan_proto)
-        source = packet.buffer[6:12] if device.header else b""
+        source = bytes(packet.buffer[6:12]) if device.header else b""
         if self.type == SOCK_DGRAM:
             packet = replace(packet, offset=network, length=packet.length - network)
         length = packet.length
@@ -137,7 +137,7 @@ class EmulatedPacketSocket:
             return
         if self.type == SOCK_DGRAM and device.header and protocol in ethernet.VLAN_PROTOCOLS:
             # Linux 6.11: a tag in the bytes, as the filter left them, is reported like one in the metadata.
-            left = packet.buffer[: packet.offset + snaplen]
+            left = bytes(packet.buffer[: packet.offset + snaplen])
             if tag is None:
                 tag = (int.from_bytes(left[14:16], "big") if len(left) >= 18 else 0), protocol
             protocol = ethernet.behind_tags(left)[1]

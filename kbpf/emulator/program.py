@@ -28,6 +28,8 @@ from kbpf.uapi.enums import PROG_TYPES
 
 #: The most maps that a program may use (MAX_USED_MAPS).
 MOST_MAPS = 64
+#: Types whose programs have LD_ABS and LD_IND.
+LOADS_PACKET = ("socket_filter", "sched_cls", "sched_act")
 #: Programs that may use no map with locks, as the kernel calls them.
 _WITHOUT_LOCKS = {
     "socket_filter": "socket filter",
@@ -62,7 +64,7 @@ class Program:
                 raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
             raise LoadRefused(errno.EINVAL, "")
         self.name = object_name(spec.name)
-        checks.check(spec.instructions)
+        checks.check(spec.instructions, spec.type in LOADS_PACKET)
         calls.check(spec)
         #: In order of first use; the program keeps them.
         self.maps: list[Map] = []
@@ -70,7 +72,7 @@ class Program:
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
                 helpers.check(imm, spec.type, self.gpl_compatible)
-        self.code: Code = link(spec.instructions, constants, helpers.FUNCTIONS, tail_target)
+        self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.tag = _tag(spec)
         self.id = next(_ids)
         PROGRAMS[self.id] = self
@@ -83,7 +85,7 @@ class Program:
         return Packet(buffer=data, length=length)
 
     def context(self, packet: Packet) -> SkBuff:
-        return SkBuff(packet)
+        return SkBuff(packet, self.type)
 
     def _resolve(self, maps: Sequence[Map], map_of: Callable[[int], Map]) -> dict[int, int]:
         """What 64-bit immediate loads mean, by index."""

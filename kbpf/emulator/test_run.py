@@ -1,7 +1,8 @@
-"""BPF_PROG_TEST_RUN for socket filters (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
+"""BPF_PROG_TEST_RUN for programs over socket buffers (`bpf_prog_test_run_skb`, net/bpf/test_run.c).
 
-The data begin with an Ethernet header, which is taken off before the program runs: offset 0 is byte 14. The header is
-still there for loads relative to it, and all zeroes in the data that come out. The packet's device is loopback.
+The data begin with an Ethernet header, which is taken off before the program runs, except for traffic control: offset 0
+is byte 14. The header is still there for loads relative to it, and all zeroes in the data that come out. The packet's
+device is loopback. Repeated runs are over the same packet, as the last one left it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
+from collections.abc import Callable
 
 from kbpf.backend import RawRun
 from kbpf.emulator.context import SkBuff
@@ -25,12 +27,13 @@ from kbpf.uapi.constants import (
     PACKET_MULTICAST,
     PACKET_OTHERHOST,
 )
-from kbpf.uapi.structs import STRUCTS
+from kbpf.uapi.structs import STRUCTS, Struct
 
 ETH_HLEN = 14
 #: A page less what the kernel keeps in it for an sk_buff (x86-64).
 MOST_DATA = 3712
 _PAGE = 4096
+_FROM_LINK_HEADER = ("sched_cls", "sched_act")
 _LOOPBACK = 1
 _SHORTEST = {ETH_P_IP: ETH_HLEN + 20, ETH_P_IPV6: ETH_HLEN + 40}
 
@@ -56,16 +59,17 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
     if not ETH_HLEN <= len(data) <= MOST_DATA:
         raise refused(errno.EINVAL)
-    fields = _decode(context)
+    fields = decode(context, _LAYOUT)
     if fields["ifindex"] > _LOOPBACK:
         raise refused(errno.ENODEV)
     protocol = received_protocol(data)
     if len(data) < _SHORTEST.get(protocol, 0):
         raise refused(errno.EINVAL)
-    _check_settable(context, fields, len(data) - ETH_HLEN)
+    with_header = program.type in _FROM_LINK_HEADER
+    _check_settable(context, fields, len(data) - (0 if with_header else ETH_HLEN))
     packet = Packet(
         buffer=bytes(data),
-        offset=ETH_HLEN,
+        offset=0 if with_header else ETH_HLEN,
         mac=0,
         network=ETH_HLEN,
         protocol=protocol,
@@ -77,34 +81,46 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
         priority=fields["priority"],
         gso_segs=fields["gso_segs"],
         gso_size=fields["gso_size"],
+        tstamp=fields["tstamp"],
+        hwtstamp=fields["hwtstamp"],
+        wire_len=fields["wire_len"],
     )
-    buff = SkBuff(packet)
+    buff = SkBuff(packet, program.type)
     cb = _LAYOUT.fields["cb"]
-    buff.cb[:] = _padded(context)[cb.offset : cb.offset + len(buff.cb)]
+    buff.cb[:] = padded(context, _LAYOUT)[cb.offset : cb.offset + len(buff.cb)]
+    value, duration = timed(repeat, lambda: Run(program, program.code, packet, packet.data, context=buff).execute())
+    out = packet.data
+    if not with_header:
+        out = bytes(ETH_HLEN) + out
+    return RawRun(value, out, _encode(fields, buff) if context else b"", duration)
+
+
+def timed(repeat: int, once: Callable[[], int]) -> tuple[int, int]:
+    """The last return value, and the mean of nanoseconds."""
     repeat = max(repeat, 1)
     start = time.perf_counter_ns()
     for _ in range(repeat):
-        value = Run(program, program.code, packet, packet.data, context=buff).execute()
-    duration = (time.perf_counter_ns() - start) // repeat
-    return RawRun(value, bytes(ETH_HLEN) + data[ETH_HLEN:], _encode(fields, buff) if context else b"", duration)
+        value = once()
+    return value, (time.perf_counter_ns() - start) // repeat
 
 
-def _padded(context: bytes) -> bytes:
-    return context[: _LAYOUT.size].ljust(_LAYOUT.size, b"\0")
+def padded(context: bytes, layout: Struct) -> bytes:
+    return context[: layout.size].ljust(layout.size, b"\0")
 
 
-def _decode(context: bytes) -> dict[str, int]:
-    if len(context) > _PAGE or any(context[_LAYOUT.size :]):
+def decode(context: bytes, layout: Struct) -> dict[str, int]:
+    """A context's fields, of arrays the first element; E2BIG where more than the structure is not zero."""
+    if len(context) > _PAGE or any(context[layout.size :]):
         raise refused(errno.E2BIG)
-    padded = _padded(context)
+    whole = padded(context, layout)
     return {
-        name: int.from_bytes(padded[field.offset : field.offset + field.size], sys.byteorder)
-        for name, field in _LAYOUT.fields.items()
+        name: int.from_bytes(whole[field.offset : field.offset + field.size], sys.byteorder)
+        for name, field in layout.fields.items()
     }
 
 
 def _check_settable(context: bytes, fields: dict[str, int], length: int) -> None:
-    rest = bytearray(_padded(context))
+    rest = bytearray(padded(context, _LAYOUT))
     for name in _SETTABLE:
         field = _LAYOUT.fields[name]
         rest[field.offset : field.offset + field.size * field.count] = bytes(field.size * field.count)
@@ -112,7 +128,7 @@ def _check_settable(context: bytes, fields: dict[str, int], length: int) -> None
         raise refused(errno.EINVAL)
     if fields["wire_len"] and not length <= fields["wire_len"] <= _MOST_WIRE:
         raise refused(errno.EINVAL)
-    if not fields["wire_len"]:
+    if context and not fields["wire_len"]:
         fields["wire_len"] = length
     if fields["gso_segs"] > _MOST_SEGMENTS:
         raise refused(errno.EINVAL)
@@ -129,7 +145,8 @@ def _encode(fields: dict[str, int], buff: SkBuff) -> bytes:
     out = bytearray(_LAYOUT.size)
     for name in _SETTABLE:
         field = _LAYOUT.fields[name]
-        value = _LOOPBACK if name == "ifindex" else fields[name]
+        # The size of segments is not given back, but left as it came in.
+        value = fields[name] if name in ("cb", "gso_size") else getattr(buff.packet, name)
         out[field.offset : field.offset + field.size] = value.to_bytes(field.size, sys.byteorder)
     cb = _LAYOUT.fields["cb"]
     out[cb.offset : cb.offset + len(buff.cb)] = buff.cb

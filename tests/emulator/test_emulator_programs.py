@@ -96,10 +96,10 @@ def test_gpl_helpers_want_a_gpl_licence(kernel: Side, emulator: Side) -> None:
 
 
 def test_what_the_emulator_lacks_is_refused_by_name(emulator: Side) -> None:
-    with pytest.raises(OSError, match="bpf_get_socket_cookie#46"):
-        emulator.backend.program_load(ProgramSpec(instructions=(I(CALL, 0, 0, 0, 46), EXIT)), [])
-    with pytest.raises(OSError, match="programs of type xdp"):
-        emulator.backend.program_load(ProgramSpec(type="xdp", instructions=(ZERO, EXIT)), [])
+    with pytest.raises(OSError, match="bpf_skc_to_tcp_sock#137"):
+        emulator.backend.program_load(ProgramSpec(instructions=(I(CALL, 0, 0, 0, 137), EXIT)), [])
+    with pytest.raises(OSError, match="programs of type kprobe"):
+        emulator.backend.program_load(ProgramSpec(type="kprobe", instructions=(ZERO, EXIT)), [])
 
 
 READABLE = [

@@ -8,26 +8,28 @@ is loaded.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 
 from kbpf.emulator.checks import invalid
-from kbpf.emulator.helpers import callbacks, locks, maps, output, packet, system
+from kbpf.emulator.helpers import (
+    callbacks,
+    checksum,
+    locks,
+    maps,
+    output,
+    packet,
+    redirect,
+    room,
+    skb,
+    system,
+    text,
+    xdp,
+)
+from kbpf.emulator.helpers.allowed import ALLOWED as ALLOWED
+from kbpf.emulator.helpers.allowed import GPL_ONLY, SLEEPING
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
 from kbpf.uapi.enums import HELPERS
 
-
-def _ids(text: str) -> frozenset[int]:
-    """The numbers of ``"1-3,5"``."""
-    ranges = (part.partition("-") for part in text.split(","))
-    return frozenset(n for first, _, last in ranges for n in range(int(first), int(last or first) + 1))
-
-
-ALLOWED: dict[str, frozenset[int]] = {
-    "socket_filter": _ids(
-        "1-3,5-8,12,14-17,22,25,26,35,37,42,46,47,55,68,80,87-89,93,94,105,106,109,112-115,117,118,120,122,123,125,"
-        "130-134,136-141,148,149,153,154,156-158,160,164,165,169-172,175-178,180-182,191,194-203,208-211"
-    ),
-}
-GPL_ONLY = _ids("6,22,25,35,55,112-115,158,165,169-172,175-177,191")
 #: Licences that the kernel takes for compatible (include/linux/license.h).
 GPL_COMPATIBLE = frozenset(
     {"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
@@ -36,9 +38,31 @@ NAMES = {number: name for name, number in HELPERS.items()}
 #: By bpftool's name; each takes the run and R1 to R5.
 FUNCTIONS: dict[int, HelperFunction] = {
     HELPERS[name]: function
-    for table in (callbacks.HELPERS, locks.HELPERS, maps.HELPERS, output.HELPERS, packet.HELPERS, system.HELPERS)
+    for table in (
+        callbacks.HELPERS,
+        locks.HELPERS,
+        maps.HELPERS,
+        output.HELPERS,
+        checksum.HELPERS,
+        packet.HELPERS,
+        redirect.HELPERS,
+        room.HELPERS,
+        skb.HELPERS,
+        system.HELPERS,
+        text.HELPERS,
+    )
     for name, function in table.items()
 }
+#: Where a type's programs reach another function under the same number.
+_OF_TYPE: dict[str, dict[int, HelperFunction]] = {
+    "xdp": {HELPERS[name]: function for name, function in xdp.HELPERS.items()},
+    "flow_dissector": {HELPERS["skb_load_bytes"]: packet.flow_load_bytes},
+}
+
+
+def functions(program_type: str) -> Mapping[int, HelperFunction]:
+    """What programs of a type reach, by number."""
+    return FUNCTIONS | _OF_TYPE.get(program_type, {})
 
 
 def check(helper: int, program_type: str, gpl: bool) -> None:
@@ -50,5 +74,7 @@ def check(helper: int, program_type: str, gpl: bool) -> None:
         raise invalid(f"program of this type cannot use helper {name}")
     if helper in GPL_ONLY and not gpl:
         raise invalid("cannot call GPL-restricted function from non-GPL compatible program")
-    if helper not in FUNCTIONS and helper != TAIL_CALL_HELPER:
+    if helper in SLEEPING:
+        raise invalid(f"helper call might sleep in a program that may not: {name}")
+    if helper not in functions(program_type) and helper != TAIL_CALL_HELPER:
         raise invalid(f"the emulator does not have the helper {name} yet", errno.EOPNOTSUPP)

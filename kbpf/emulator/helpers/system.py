@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
-import re
-import threading
-from pathlib import Path
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import HelperFunction, Run
-from kbpf.emulator.memory import M32
+from kbpf.emulator.memory import M32, M64
+from kbpf.errors import EmulationFault
 
-#: A conversion of bpf_trace_printk; its arguments are integers.
-_CONVERSION = re.compile(rb"%(?:%|[#0 +-]*\d*(l{0,2})([diux]))")
-
-
-def trace_printk(run: Run, text: int, size: int, first: int, second: int, third: int) -> int:
-    """Integers only: the format must end in NUL, and pointers and strings are refused with EINVAL."""
-    raw = run.read(text, size & M32)
-    if not raw.endswith(b"\0"):
-        return -errno.EINVAL
-    raw = raw.split(b"\0")[0]
-    arguments = iter((first, second, third))
-    out, at = [], 0
-    for match in _CONVERSION.finditer(raw):
-        out.append(raw[at : match.start()].decode(errors="replace"))
-        at = match.end()
-        if match[0] == b"%%":
-            out.append("%")
-            continue
-        value = next(arguments, None)
-        if value is None:
-            return -errno.EINVAL
-        bits = 64 if match[1] else 32
-        value &= (1 << bits) - 1
-        if match[2] in b"di" and value >> bits - 1:
-            value -= 1 << bits
-        out.append(match[0].replace(match[1], b"").decode().replace("u", "d") % value)
-    rest = raw[at:]
-    if b"%" in b"".join([rest, *_CONVERSION.split(raw)[::3]]):
-        return -errno.EINVAL
-    line = "".join(out) + rest.decode(errors="replace")
-    if environment.trace is not None:
-        environment.trace(line)
-    return len(line.encode())
+_NANOSECONDS = 1_000_000_000
+_TYPE_NAMESPACE = 8
 
 
 def get_current_comm(run: Run, buffer: int, size: int, *_: int) -> int:
@@ -52,23 +18,93 @@ def get_current_comm(run: Run, buffer: int, size: int, *_: int) -> int:
     run.check_writable(buffer, size)
     if not size:
         return -errno.EINVAL
-    try:
-        name = Path("/proc/self/comm").read_bytes().rstrip(b"\n")[: size - 1]
-    except OSError:
-        name = b""
+    name = environment.comm()[: size - 1]
     run.write(buffer, name + bytes(size - len(name)))
+    return 0
+
+
+def get_ns_current_pid_tgid(run: Run, device: int, inode: int, to: int, size: int, _: int) -> int:
+    size &= M32
+    run.check_writable(to, size)
+    if size == _TYPE_NAMESPACE and (device, inode) == environment.pid_namespace:
+        pid_tgid = environment.pid_tgid()
+        run.store(to, 4, pid_tgid)
+        run.store(to + 4, 4, pid_tgid >> 32)
+        return 0
+    run.write(to, bytes(size))
+    return -errno.EINVAL
+
+
+def get_current_ancestor_cgroup_id(run: Run, level: int, *_: int) -> int:
+    """The group's own level is the last."""
+    path, level = (*environment.cgroup_ancestors, environment.cgroup_id), level & M32
+    return path[level] if level < len(path) else 0
+
+
+def skb_ancestor_cgroup_id(run: Run, skb: int, level: int, *_: int) -> int:
+    return get_current_ancestor_cgroup_id(run, level)
+
+
+def _probe(run: Run, to: int, size: int, read: bytes | None) -> int:
+    run.write(to, bytes(size) if read is None else read)
+    return -errno.EFAULT if read is None else 0
+
+
+def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> int:
+    """Of the kernel's memory a program's own regions are there."""
+    size &= M32
+    run.check_writable(to, size)
+    try:
+        return _probe(run, to, size, run.read(address, size))
+    except EmulationFault:
+        return _probe(run, to, size, None)
+
+
+def probe_read_user(run: Run, to: int, size: int, address: int, *_: int) -> int:
+    size &= M32
+    run.check_writable(to, size)
+    return _probe(run, to, size, environment.user_memory(address, size))
+
+
+def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -> int:
+    """How many bytes were copied, with the NUL that is always put at the end."""
+    size &= M32
+    run.check_writable(to, size)
+    out = bytearray()
+    try:
+        while len(out) + 1 < size and (byte := run.load(address + len(out), 1)):
+            out.append(byte)
+    except EmulationFault:
+        return _probe(run, to, size, None)
+    run.write(to, (bytes(out) + b"\0")[:size])
+    return len(out) + 1 if size else 0
+
+
+def _send_signal(run: Run, number: int, *_: int) -> int:
+    environment.signals.append(number & M32)
     return 0
 
 
 HELPERS: dict[str, HelperFunction] = {
     "ktime_get_ns": lambda run, *_: environment.clock(),
-    "ktime_get_boot_ns": lambda run, *_: environment.clock(),
+    "ktime_get_boot_ns": lambda run, *_: environment.clock() + environment.suspended,
     "ktime_get_coarse_ns": lambda run, *_: environment.clock(),
+    "ktime_get_tai_ns": lambda run, *_: environment.tai_clock(),
+    "jiffies64": lambda run, *_: environment.clock() * environment.ticks // _NANOSECONDS & M64,
     "get_prandom_u32": lambda run, *_: environment.random32(),
     "get_smp_processor_id": lambda run, *_: environment.cpu,
-    "get_numa_node_id": lambda run, *_: 0,
-    "get_current_pid_tgid": lambda run, *_: os.getpid() << 32 | threading.get_native_id(),
-    "get_current_uid_gid": lambda run, *_: os.getgid() << 32 | os.getuid(),
+    "get_numa_node_id": lambda run, *_: environment.numa_node,
+    "get_current_pid_tgid": lambda run, *_: environment.pid_tgid(),
+    "get_current_uid_gid": lambda run, *_: environment.uid_gid(),
     "get_current_comm": get_current_comm,
-    "trace_printk": trace_printk,
+    "get_ns_current_pid_tgid": get_ns_current_pid_tgid,
+    "get_current_cgroup_id": lambda run, *_: environment.cgroup_id,
+    "get_current_ancestor_cgroup_id": get_current_ancestor_cgroup_id,
+    "skb_ancestor_cgroup_id": skb_ancestor_cgroup_id,
+    "get_netns_cookie": lambda run, *_: environment.netns_cookie,
+    "probe_read_kernel": probe_read_kernel,
+    "probe_read_kernel_str": probe_read_kernel_str,
+    "probe_read_user": probe_read_user,
+    "send_signal": _send_signal,
+    "send_signal_thread": _send_signal,
 }

@@ -1,0 +1,89 @@
+"""Helpers over a socket buffer's metadata: its hash, its socket, its control group."""
+
+from __future__ import annotations
+
+from kbpf.emulator.environment import environment
+from kbpf.emulator.ethernet import HEADER, VLAN_PROTOCOLS
+from kbpf.emulator.helpers.packet import check_context, overwrite
+from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.memory import M32
+from kbpf.emulator.packet import Packet
+from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
+
+_CONGESTION = 3
+
+
+def get_hash_recalc(run: Run, skb: int, *_: int) -> int:
+    check_context(skb)
+    packet = run.packet
+    if not packet.hash_known:
+        packet.hash, packet.hash_known = environment.flow_hash(packet.data) & M32, True
+    return packet.hash
+
+
+def set_hash_invalid(run: Run, skb: int, *_: int) -> int:
+    check_context(skb)
+    run.packet.hash, run.packet.hash_known = 0, False
+    return 0
+
+
+def set_hash(run: Run, skb: int, value: int, *_: int) -> int:
+    check_context(skb)
+    run.packet.hash, run.packet.hash_known = value & M32, True
+    return 0
+
+
+def _network_protocol(packet: Packet) -> int:
+    """The protocol behind VLAN tags in the bytes; 0 if one is cut off."""
+    protocol, at, data = packet.protocol, HEADER, packet.data
+    while protocol in VLAN_PROTOCOLS:
+        if len(data) < at + 4:
+            return 0
+        protocol, at = int.from_bytes(data[at + 2 : at + 4], "big"), at + 4
+    return protocol
+
+
+def skb_ecn_set_ce(run: Run, skb: int, *_: int) -> int:
+    """Mark congestion experienced in the IP header (RFC 3168), where the sender takes part; 1 if it is marked."""
+    check_context(skb)
+    packet = run.packet
+    at = (packet.network or 0) - packet.offset
+    data, protocol = packet.data[at:], _network_protocol(packet)
+    if protocol == ETH_P_IP and len(data) >= 20:
+        seen = data[1] & _CONGESTION
+        if seen in (0, _CONGESTION):
+            return int(seen == _CONGESTION)
+        total = int.from_bytes(data[10:12], "big") + 0xFFFB + (seen + 1 & _CONGESTION)
+        overwrite(run, at + 1, bytes([data[1] | _CONGESTION]))
+        overwrite(run, at + 10, ((total & 0xFFFF) + (total >> 16)).to_bytes(2, "big"))
+        return 1
+    if protocol == ETH_P_IPV6 and len(data) >= 40:
+        if not data[1] >> 4 & _CONGESTION:
+            return 0
+        overwrite(run, at + 1, bytes([data[1] | _CONGESTION << 4]))
+        return 1
+    return 0
+
+
+def _of_packet(name: str) -> HelperFunction:
+    """A helper that gives what the environment says of the packet's socket or group."""
+
+    def helper(run: Run, skb: int, *_: int) -> int:
+        check_context(skb)
+        return int(getattr(environment, name))
+
+    return helper
+
+
+HELPERS: dict[str, HelperFunction] = {
+    "get_hash_recalc": get_hash_recalc,
+    "set_hash_invalid": set_hash_invalid,
+    "set_hash": set_hash,
+    "skb_ecn_set_ce": skb_ecn_set_ce,
+    "get_socket_cookie": _of_packet("socket_cookie"),
+    "get_socket_uid": _of_packet("socket_uid"),
+    "get_cgroup_classid": _of_packet("cgroup_classid"),
+    "skb_cgroup_classid": _of_packet("cgroup_classid"),
+    "skb_cgroup_id": _of_packet("cgroup_id"),
+    "get_route_realm": _of_packet("route_realm"),
+}

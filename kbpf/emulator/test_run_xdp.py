@@ -1,0 +1,67 @@
+"""BPF_PROG_TEST_RUN for XDP programs (`bpf_prog_test_run_xdp`, net/bpf/test_run.c).
+
+The data are a whole frame, with metadata before it where the context says so; what has no room in the first piece goes
+into fragments.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from kbpf.backend import RawRun
+from kbpf.emulator.helpers.xdp import is_metadata_length
+from kbpf.emulator.interpreter import Run
+from kbpf.emulator.maps.base import refused
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.program import Program
+from kbpf.emulator.test_run import ETH_HLEN, decode, timed
+from kbpf.emulator.xdp import FRAME, HEADROOM, RESERVED, SHARED_INFO, XdpBuff
+from kbpf.uapi.structs import STRUCTS
+
+_LAYOUT = STRUCTS["xdp_md"]
+_LOOPBACK = 1
+#: MAX_SKB_FRAGS.
+_MOST_FRAGMENTS = 17
+
+
+def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    fields = decode(context, _LAYOUT)
+    metadata, first = 0, len(data)
+    if context:
+        metadata, first = fields["data"], fields["data_end"]
+        if fields["data_meta"] or not metadata <= first <= len(data):
+            raise refused(errno.EINVAL)
+        if not is_metadata_length(metadata) or metadata > HEADROOM - RESERVED:
+            raise refused(errno.EINVAL)
+    most = FRAME - (HEADROOM - metadata) - SHARED_INFO
+    first = min(first, most)
+    if len(data) - metadata < ETH_HLEN:
+        raise refused(errno.EINVAL)
+    index = _check_device(fields)
+    rest = data[first:]
+    fragments = [bytearray(rest[at : at + FRAME]) for at in range(0, len(rest), FRAME)]
+    if len(fragments) > _MOST_FRAGMENTS:
+        raise refused(errno.ENOMEM)
+    buff = XdpBuff(data[:first], metadata=metadata, fragments=fragments)
+    buff.ingress_ifindex = index
+    packet = Packet(buffer=b"")
+    value, duration = timed(repeat, lambda: Run(program, program.code, packet, b"", context=buff).execute())
+    out = b""
+    if context:
+        words = {**fields, "data": buff.data - buff.meta, "data_end": buff.end - buff.meta}
+        out = b"".join(words[name].to_bytes(4, sys.byteorder) for name in _LAYOUT.fields)
+    return RawRun(value, buff.whole(), out, duration)
+
+
+def _check_device(fields: dict[str, int]) -> int:
+    """The index of the interface that the frame came in by: loopback, which has one queue."""
+    index = fields["ingress_ifindex"]
+    if fields["egress_ifindex"] or (fields["rx_queue_index"] and not index):
+        raise refused(errno.EINVAL)
+    if index > _LOOPBACK:
+        raise refused(errno.ENODEV)
+    if fields["rx_queue_index"]:
+        raise refused(errno.EINVAL)
+    return _LOOPBACK

@@ -1,0 +1,26 @@
+"""BPF_PROG_TEST_RUN, for each type of program that Linux runs that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from kbpf.backend import RawRun
+from kbpf.emulator import flow_dissector, sk_lookup, test_run, test_run_xdp
+from kbpf.emulator.context import ACCESS
+from kbpf.emulator.program import Program
+
+#: Takes the program, data, context and how often to run; raises `OSError` with the kernel's errno.
+Runner: TypeAlias = Callable[[Program, bytes, bytes, int], RawRun]
+
+RUNNERS: dict[str, Runner] = {
+    **dict.fromkeys(ACCESS, test_run.run),
+    "xdp": test_run_xdp.run,
+    "flow_dissector": flow_dissector.test_run,
+    "sk_lookup": sk_lookup.test_run,
+}
+
+
+def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    return RUNNERS[program.type](program, data, context, repeat)
