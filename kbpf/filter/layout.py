@@ -85,6 +85,8 @@ class _Layout:
         self.reversed: list[Instruction] = []
         #: How many instructions there are from the start of a block, or from the nearest copy of a verdict, to the end.
         self.to_end: dict[Successor, int] = {}
+        #: The same for the nearest instruction that goes on to a far target.
+        self.hops: dict[_Target, int] = {}
 
     def program(self) -> tuple[Instruction, ...]:
         used = {target.successor for sides in self.targets.values() for target in sides}
@@ -109,23 +111,25 @@ class _Layout:
         self.reversed.append(instruction)
 
     def _offset(self, target: _Target) -> int:
-        """From behind what is written next."""
+        """From behind what is written next; by a hop where the target is too far for a conditional jump."""
+        offset = self._distance(target)
+        return len(self.reversed) - self.hops[target] if offset > 255 and target in self.hops else offset
+
+    def _distance(self, target: _Target) -> int:
         return len(self.reversed) - (self.to_end[target.successor] - target.entry)
 
     def _jump(self, node: Node) -> None:
         jump, sides = self.blocks[node].jump, self.targets[node]
         if jump is None:
-            if self._offset(sides[0]):
-                self._push(stmt(cbpf.JMP | cbpf.JA, self._offset(sides[0])))
+            if self._distance(sides[0]):
+                self._push(stmt(cbpf.JMP | cbpf.JA, self._distance(sides[0])))
             return
-        hops: dict[_Target, int] = {}
         while True:
-            offsets = [len(self.reversed) - hops[side] if side in hops else self._offset(side) for side in sides]
+            offsets = [self._offset(side) for side in sides]
             far = [side for side, offset in zip(sides, offsets, strict=True) if offset > 255]
             if not far:
                 break
             self._hop(far[0])
-            hops[far[0]] = len(self.reversed)
         self._push(jump._replace(jt=offsets[0], jf=offsets[1]))
 
     def _hop(self, target: _Target) -> None:
@@ -134,4 +138,5 @@ class _Layout:
             self._push(self.verdicts[target.successor])
             self.to_end[target.successor] = len(self.reversed)
         else:
-            self._push(stmt(cbpf.JMP | cbpf.JA, self._offset(target)))
+            self._push(stmt(cbpf.JMP | cbpf.JA, self._distance(target)))
+            self.hops[target] = len(self.reversed)

@@ -125,3 +125,15 @@ class TestLists:
         frame = b"\2" * 12 + b"\x08\x00" + filter_packets.ipv4(filter_packets.tcp(1, 64), 6)
         assert run(program, frame)
         assert not run(program, frame.replace(b"\0\x40\0\0\0\1", b"\0\x41\0\0\0\1"))
+
+    @pytest.mark.parametrize("negated", [False, True])
+    def test_a_thousand_alternating_ports_and_hosts_fit_the_kernel(self, negated: bool) -> None:
+        terms = [f"tcp port {i * 53 % 60000}" if i % 2 else f"host {host}" for i, host in enumerate(self.HOSTS)]
+        text = " and ".join(f"not {term}" for term in terms) if negated else " or ".join(terms)
+        program = compile_filter(text).instructions
+        cbpf.check(program)
+        for source, port, matches in ((self.HOSTS[500], 9, True), ("9.9.9.9", 999 * 53, True), ("200.1.1.1", 9, False)):
+            frame = b"\2" * 12 + b"\x08\x00" + filter_packets.ipv4(filter_packets.tcp(port, 9), 6, source, "9.9.9.8")
+            packet = Packet(frame)
+            assert bool(run(program, packet)) is (matches is not negated)
+            assert packet.steps <= 90
