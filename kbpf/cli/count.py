@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -46,7 +47,7 @@ def command(
         raise click.UsageError("The first argument is the interface; with --read FILE there is none.")
     expressions = _expressions(arguments[1:])
     with closing(kbpf.packet_socket(interface)) as socket, Counter(socket, expressions) as counter:
-        elapsed = 0.0
+        start = time.monotonic()
         with until_interrupted(), redrawn() as draw:
             for elapsed in watch(interval, duration, count):
                 totals = counter.counts()
@@ -54,7 +55,8 @@ def command(
                     click.echo(_as_json(totals, counter.backend, elapsed, final=False))
                 else:
                     draw([_table(totals, elapsed)])
-        _print_totals(counter.counts(), counter.backend, elapsed, as_json)
+        # Ctrl-C comes between two ticks; packets of that time are in the totals.
+        _print_totals(counter.counts(), counter.backend, time.monotonic() - start, as_json)
 
 
 def _count_capture(path: Path, expressions: Mapping[str, str], as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def command(object: Path, interface: str, interval: float, duration: float | Non
             # Each has a socket of its own: a socket has one slot.
             socket = stack.enter_context(closing(kbpf.packet_socket(interface, backend=backend)))
             stack.enter_context(program.attach(socket))
-        elapsed = 0.0
+        start = time.monotonic()
         with until_interrupted(), redrawn() as draw:
             for elapsed in watch(interval, duration, None):
                 if as_json:
@@ -42,7 +43,7 @@ def command(object: Path, interface: str, interval: float, duration: float | Non
                 else:
                     draw(_tables(collection))
         if as_json:
-            click.echo(_as_json(collection, elapsed, final=True))
+            click.echo(_as_json(collection, time.monotonic() - start, final=True))
         else:
             show(_tables(collection))
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def test_count_runs_in_the_emulator_over_a_capture(cli, emulated) -> None:
     final = json.loads(done.out.splitlines()[-1])
     assert final["backend"] == "emulator"
     assert final["counts"] == DNS_AND_MINE
+
+
+def test_totals_are_rated_over_the_time_to_the_interruption(cli, emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator[float]:
+        yield 0.001
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kbpf.cli.count.watch", interrupted)
+    final = json.loads(cli("count", "lo", "--json", "dns=udp port 53").out.splitlines()[-1])
+    assert final["elapsed"] >= 0.05
 
 
 @pytest.mark.requires("kernel")
