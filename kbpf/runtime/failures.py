@@ -77,6 +77,8 @@ def translate(
     # A backend that knows more than the errno says it in words of its own.
     if error.strerror and error.strerror not in (errno_text(number), os.strerror(number)):
         hints = (error.strerror, *hints)
+    if error.filename is not None:
+        hints = (os.fsdecode(error.filename), *hints)
     if number in _NOT_SUPPORTED:
         return NotSupportedError(number, what, hints)
     return BpfError(number, what, hints)

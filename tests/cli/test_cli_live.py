@@ -249,3 +249,10 @@ def test_map_dump_of_one_who_may_not_looks_at_the_kernel(unprivileged) -> None:
     assert done.returncode == 1
     assert "EPERM" in done.stderr
     assert "CAP_SYS_ADMIN" in done.stderr
+
+
+def test_a_capture_that_is_not_there_is_named(cli, emulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KBPF_EMULATED_CAPTURE", str(tmp_path / "missing.pcap"))
+    done = cli("count", "lo", "all=")
+    assert done.status == 1
+    assert "missing.pcap" in done.err
