@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kbpf.isa import cbpf, ebpf
-from kbpf.types import Type
+
+if TYPE_CHECKING:
+    # Dataclasses that a filter has no use for.
+    from kbpf.types import Type
 
 Start = Literal["link", "network", "transport", "payload"]
 

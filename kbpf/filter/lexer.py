@@ -7,7 +7,6 @@ whole length, so ``aa0004001d04`` is a MAC address and ``aa0004001d0`` a name.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -261,6 +260,8 @@ def _is_ipv6(text: str) -> bool:
 
 
 def _ipv6(expression: str, position: int, text: str) -> Token:
+    import ipaddress
+
     try:
         return Token("ipv6", text, position, int(ipaddress.IPv6Address(text)))
     except ValueError:

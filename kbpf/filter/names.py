@@ -5,10 +5,9 @@ The files are read once each and again when they have changed.
 
 from __future__ import annotations
 
-import ipaddress
+import os
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 #: EtherTypes by pcap-filter(7)'s names.
@@ -138,6 +137,8 @@ class Names:
             texts = [str(address[4][0]).partition("%")[0] for address in found]
         else:
             texts = [line[0] for line in (_lines(self.hosts) if self.hosts else ()) if name in line[1:]]
+        import ipaddress
+
         addresses: list[tuple[int, int]] = []
         for text in texts:
             try:
@@ -162,7 +163,7 @@ def names(policy: str | Names) -> Names:
 
 def _lines(path: str) -> tuple[tuple[str, ...], ...]:
     try:
-        stamp = Path(path).stat().st_mtime_ns
+        stamp = os.stat(path).st_mtime_ns
     except OSError:
         return ()
     return _read(path, stamp)
@@ -171,7 +172,8 @@ def _lines(path: str) -> tuple[tuple[str, ...], ...]:
 @lru_cache(maxsize=16)
 def _read(path: str, stamp: int) -> tuple[tuple[str, ...], ...]:
     try:
-        text = Path(path).read_text("utf-8", "replace")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
     except OSError:
         return ()
     return tuple(tuple(words) for words in (line.partition("#")[0].split() for line in text.splitlines()) if words)
@@ -182,7 +184,7 @@ def _table(path: str | None) -> dict[str, tuple[str, ...]]:
     if path is None:
         return {}
     try:
-        stamp = Path(path).stat().st_mtime_ns
+        stamp = os.stat(path).st_mtime_ns
     except OSError:
         return {}
     return _indexed(path, stamp)
