@@ -45,9 +45,14 @@ def skb_ancestor_cgroup_id(run: Run, skb: int, level: int, *_: int) -> int:
     return get_current_ancestor_cgroup_id(run, level)
 
 
-def _probe(run: Run, to: int, size: int, read: bytes | None) -> int:
+def _probe(run: Run, to: int, size: int, read: bytes | None, failed: int = errno.EFAULT) -> int:
     run.write(to, bytes(size) if read is None else read)
-    return -errno.EFAULT if read is None else 0
+    return -failed if read is None else 0
+
+
+def _no_kernel_memory(address: int) -> int:
+    """Why a read failed: small numbers are no addresses of the kernel's at all."""
+    return errno.EFAULT if address >> 32 else errno.ERANGE
 
 
 def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> int:
@@ -57,7 +62,7 @@ def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> in
     try:
         return _probe(run, to, size, run.read(address, size))
     except EmulationFault:
-        return _probe(run, to, size, None)
+        return _probe(run, to, size, None, _no_kernel_memory(address))
 
 
 def probe_read_user(run: Run, to: int, size: int, address: int, *_: int) -> int:
@@ -75,7 +80,7 @@ def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -
         while len(out) + 1 < size and (byte := run.load(address + len(out), 1)):
             out.append(byte)
     except EmulationFault:
-        return _probe(run, to, size, None)
+        return _probe(run, to, size, None, _no_kernel_memory(address))
     run.write(to, (bytes(out) + b"\0")[:size])
     return len(out) + 1 if size else 0
 
