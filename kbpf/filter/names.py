@@ -5,7 +5,6 @@ The files are read once each and again when they have changed.
 
 from __future__ import annotations
 
-import os
 import re
 from functools import lru_cache
 from typing import NamedTuple
@@ -162,18 +161,16 @@ def names(policy: str | Names) -> Names:
 
 
 def _lines(path: str) -> tuple[tuple[str, ...], ...]:
-    try:
-        stamp = os.stat(path).st_mtime_ns
-    except OSError:
-        return ()
-    return _read(path, stamp)
+    stamp = _stamp(path)
+    return () if stamp is None else _read(path, stamp)
 
 
 @lru_cache(maxsize=16)
 def _read(path: str, stamp: int) -> tuple[tuple[str, ...], ...]:
+    from pathlib import Path
+
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
+        text = Path(path).read_text("utf-8", "replace")
     except OSError:
         return ()
     return tuple(tuple(words) for words in (line.partition("#")[0].split() for line in text.splitlines()) if words)
@@ -181,13 +178,19 @@ def _read(path: str, stamp: int) -> tuple[tuple[str, ...], ...]:
 
 def _table(path: str | None) -> dict[str, tuple[str, ...]]:
     """A file of ``name value alias...`` lines as values by name and alias."""
-    if path is None:
-        return {}
+    stamp = None if path is None else _stamp(path)
+    return {} if path is None or stamp is None else _indexed(path, stamp)
+
+
+def _stamp(path: str) -> int | None:
+    """When the file was changed last; None where there is none."""
+    # Numbers need no files, and this import is not cheap.
+    from pathlib import Path
+
     try:
-        stamp = os.stat(path).st_mtime_ns
+        return Path(path).stat().st_mtime_ns
     except OSError:
-        return {}
-    return _indexed(path, stamp)
+        return None
 
 
 @lru_cache(maxsize=16)
