@@ -23,7 +23,7 @@ class XdpBuff:
     the last of the first piece.
     """
 
-    __slots__ = ("data", "end", "fragments", "ingress_ifindex", "memory", "meta", "queue", "redirected")
+    __slots__ = ("data", "end", "fragments", "ingress_ifindex", "memory", "meta", "queue", "redirected", "redirected_by")
 
     def __init__(self, frame: bytes, *, metadata: int = 0, fragments: list[bytearray] | None = None) -> None:
         self.memory = bytearray(FRAME)
@@ -36,6 +36,8 @@ class XdpBuff:
         self.queue = 0
         #: Where the program has redirected the frame: (interface index, flags).
         self.redirected: tuple[int, int] | None = None
+        #: Or by which map: (a `kbpf.emulator.maps.redirect.RedirectMap`, index, flags).
+        self.redirected_by: tuple[object, int, int] | None = None
 
     @property
     def length(self) -> int:

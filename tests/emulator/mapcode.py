@@ -6,7 +6,7 @@ import errno
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from btf_bytes import GLOBAL, BtfBytes
 from sides import CB, FRAME, Side
@@ -133,3 +133,9 @@ def described(starts: Sequence[int], **function: Any) -> dict[str, bytes]:
     ids += [btf.function(f"f{start}", **{"parameters": 2, **function}) for start in starts[1:]]
     info = b"".join(struct.pack("=II", *pair) for pair in zip(starts, ids, strict=True))
     return {"btf": btf.bytes(), "func_info": info}
+
+
+def described_value(type: Literal["int", "u64"]) -> dict[str, Any]:
+    """BTF for `MapSpec`, with an int as the key."""
+    btf = BtfBytes()
+    return {"btf": btf.bytes(), "btf_key_type_id": btf.int, "btf_value_type_id": getattr(btf, type)}

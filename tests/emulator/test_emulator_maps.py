@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from mapcode import attempt, create
+from mapcode import attempt, create, described_value
 from sides import Side
 
 from kbpf.backend import Batch
@@ -64,6 +64,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 HASHED: dict[str, Any] = {"key_size": 4, "value_size": 8, "max_entries": 5}
 DESCRIPTORS = {**HASHED, "value_size": 4}
+STORAGE = {"key_size": 4, "value_size": 8, "flags": uapi.BPF_F_NO_PREALLOC, **described_value("u64")}
 KEYLESS = {**HASHED, "key_size": 0}
 GOOD: dict[str, dict[str, Any]] = {
     "array": HASHED,
@@ -81,6 +82,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "bloom_filter": KEYLESS,
     "ringbuf": {"max_entries": 4096},
     "perf_event_array": DESCRIPTORS,
+    "devmap": DESCRIPTORS,
+    "devmap_hash": DESCRIPTORS,
+    "cpumap": DESCRIPTORS,
+    "xskmap": DESCRIPTORS,
+    **dict.fromkeys(("sk_storage", "inode_storage", "task_storage", "cgrp_storage"), STORAGE),
     "stack_trace": HASHED,
 }
 

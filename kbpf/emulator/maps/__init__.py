@@ -9,11 +9,13 @@ from kbpf.emulator.maps.base import Descriptors, Map, refused
 from kbpf.emulator.maps.bloom import BloomFilter
 from kbpf.emulator.maps.descriptors import ProgArray
 from kbpf.emulator.maps.hash import Hash, PerCpuHash
+from kbpf.emulator.maps.local_storage import CgroupStorage, InodeStorage, SocketStorage, TaskStorage
 from kbpf.emulator.maps.lpm import LpmTrie
 from kbpf.emulator.maps.lru import LruHash, PerCpuLruHash
 from kbpf.emulator.maps.of_maps import ArrayOfMaps, HashOfMaps
 from kbpf.emulator.maps.perf import PerfEventArray
 from kbpf.emulator.maps.queue import Queue, Stack
+from kbpf.emulator.maps.redirect import CpuMap, DevMap, DevMapHash, XskMap
 from kbpf.emulator.maps.ringbuf import RingBuffer
 from kbpf.emulator.maps.stack_trace import StackTrace
 from kbpf.specs import MapSpec
@@ -25,8 +27,13 @@ KINDS: dict[str, type[Map]] = {
         Array,
         ArrayOfMaps,
         BloomFilter,
+        CgroupStorage,
+        CpuMap,
+        DevMap,
+        DevMapHash,
         Hash,
         HashOfMaps,
+        InodeStorage,
         LpmTrie,
         LruHash,
         PerCpuArray,
@@ -36,8 +43,11 @@ KINDS: dict[str, type[Map]] = {
         ProgArray,
         Queue,
         RingBuffer,
+        SocketStorage,
         Stack,
         StackTrace,
+        TaskStorage,
+        XskMap,
     )
 }
 

@@ -28,20 +28,25 @@ class Special(NamedTuple):
     size: int
 
 
-def special_fields(spec: MapSpec) -> tuple[Special, ...]:
-    """The value's special fields. Where Linux would not take the BTF, the map is made without: there are none."""
-    if not (spec.btf and spec.btf_value_type_id):
-        return ()
+def described_value(spec: MapSpec) -> Type | None:
+    """What BTF says the value is; None where it says nothing, or not what the map's sizes say."""
+    if not (spec.btf and spec.btf_value_type_id and spec.btf_key_type_id):
+        return None
     # Few maps have BTF, and parsing it takes a package that others do without.
     from kbpf.elf.btf import Btf
 
     try:
         types = Btf(spec.btf)
-        value = types.resolve(spec.btf_value_type_id)
-        key = types.resolve(spec.btf_key_type_id) if spec.btf_key_type_id else None
+        key, value = types.resolve(spec.btf_key_type_id), types.resolve(spec.btf_value_type_id)
     except ObjectError:
-        return ()
-    if value.size != spec.value_size or key is None or key.size != spec.key_size:
+        return None
+    return value if (key.size, value.size) == (spec.key_size, spec.value_size) else None
+
+
+def special_fields(spec: MapSpec) -> tuple[Special, ...]:
+    """The value's special fields. Where Linux would not take the BTF, the map is made without: there are none."""
+    value = described_value(spec)
+    if value is None:
         return ()
     found = tuple(_fields(value, 0))
     names = [field.name for field in found]

@@ -1,0 +1,133 @@
+"""Values that belong to an object of the kernel: a socket, a file, a process, a control group.
+
+User space names the object by a descriptor, of the real operating system; the value is for all who name the same
+object (kernel/bpf/bpf_local_storage.c). Linux frees it with the object. Nobody can name an object that is gone, so
+here it merely stays with the map. Programs reach such values through helpers that the emulator does not have.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+
+from kbpf.emulator.maps.base import Map, refused
+from kbpf.emulator.maps.special import described_value
+from kbpf.uapi import constants as uapi
+
+#: What fits 16 bits together with the kernel's own part of an element.
+_MOST_VALUE = 0xFFFF - 80
+
+
+class LocalStorage(Map):
+    """One value for each object. The map needs BTF, BPF_F_NO_PREALLOC and no `max_entries`."""
+
+    creation_flags = uapi.BPF_F_NO_PREALLOC | uapi.BPF_F_CLONE
+
+    def check_creation(self) -> None:
+        super().check_creation()
+        named = self.spec.btf and self.spec.btf_key_type_id and self.spec.btf_value_type_id
+        if not named or not self.flags & uapi.BPF_F_NO_PREALLOC or self.max_entries:
+            raise refused(errno.EINVAL)
+        if self.key_size != 4 or not self.value_size:
+            raise refused(errno.EINVAL)
+        if self.value_size > _MOST_VALUE:
+            raise refused(errno.E2BIG)
+        if described_value(self.spec) is None:
+            raise refused(errno.EINVAL)
+
+    def allocate(self) -> None:
+        self._values: dict[Hashable, bytes] = {}
+
+    def owner(self, descriptor: int) -> Hashable:
+        """What identifies the object behind a descriptor; raises what the commands do."""
+        raise NotImplementedError
+
+    def read(self, key: bytes) -> bytes:
+        value = self._values.get(self._owner(key))
+        if value is None:
+            raise refused(errno.ENOENT)
+        return value
+
+    def write(self, key: bytes, value: bytes, flags: int) -> None:
+        owner = self._owner(key)
+        condition = flags & ~uapi.BPF_F_LOCK
+        if condition > uapi.BPF_EXIST:
+            raise refused(errno.EINVAL)
+        if condition == uapi.BPF_NOEXIST and owner in self._values:
+            raise refused(errno.EEXIST)
+        if condition == uapi.BPF_EXIST and owner not in self._values:
+            raise refused(errno.ENOENT)
+        self._values[owner] = self.cleared(value)
+
+    def remove(self, key: bytes) -> None:
+        if self._values.pop(self._owner(key), None) is None:
+            raise refused(errno.ENOENT)
+
+    def _owner(self, key: bytes) -> Hashable:
+        return self.owner(int.from_bytes(key, sys.byteorder, signed=True))
+
+
+def _file(descriptor: int) -> os.stat_result:
+    try:
+        return os.fstat(descriptor)
+    except (OSError, OverflowError):
+        raise refused(errno.EBADF) from None
+
+
+def _described(descriptor: int) -> dict[str, str]:
+    """What procfs says of an open descriptor."""
+    _file(descriptor)
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+class SocketStorage(LocalStorage):
+    """Linux 5.2."""
+
+    type = "sk_storage"
+
+    def owner(self, descriptor: int) -> Hashable:
+        file = _file(descriptor)
+        if not stat.S_ISSOCK(file.st_mode):
+            raise refused(errno.ENOTSOCK)
+        return file.st_ino
+
+
+class InodeStorage(LocalStorage):
+    """Linux 5.10."""
+
+    type = "inode_storage"
+
+    def owner(self, descriptor: int) -> Hashable:
+        file = _file(descriptor)
+        return file.st_dev, file.st_ino
+
+
+class TaskStorage(LocalStorage):
+    """Linux 5.11. Descriptors are those of pidfd_open(2)."""
+
+    type = "task_storage"
+
+    def owner(self, descriptor: int) -> Hashable:
+        process = int(_described(descriptor).get("Pid", "0"))
+        if process <= 0:
+            raise refused(errno.EBADF if process == 0 else errno.ENOENT)
+        return process
+
+
+class CgroupStorage(LocalStorage):
+    """Linux 6.2."""
+
+    type = "cgrp_storage"
+
+    def owner(self, descriptor: int) -> Hashable:
+        mount = _described(descriptor).get("mnt_id")
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            own, _, kind = line.partition(" - ")
+            if own.split()[0] == mount and kind.split()[0] in ("cgroup", "cgroup2"):
+                return _file(descriptor).st_ino
+        raise refused(errno.EBADF)
