@@ -17,6 +17,11 @@ from kbpf.specs import Layout, MapSpec, ProgramSpec
 BackendName = Literal["kernel", "emulator"]
 
 
+def object_name(name: str) -> str:
+    """A map's or program's name as bpf(2) takes and keeps it: letters, digits, ``_`` and ``.``, 15 of them at most."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15]
+
+
 class MapInfo(NamedTuple):
     """``struct bpf_map_info``, as far as both backends know it."""
 

@@ -10,6 +10,7 @@ import click
 
 import kbpf
 from kbpf.asm.listing import Style, listing
+from kbpf.cli import options
 from kbpf.cli.main import describe
 from kbpf.specs import FILE_LAYOUTS
 
@@ -20,22 +21,10 @@ _LINKS = {layout.dlt: name for name, layout in FILE_LAYOUTS.items()}
 @click.command("compile")
 @click.argument("expression", nargs=-1)
 @click.option("-d", "style", count=True, help="List as tcpdump does: -d assembler, -dd C, -ddd numbers.")
-@click.option(
-    "--link",
-    type=click.Choice(list(FILE_LAYOUTS), case_sensitive=False),
-    default="EN10MB",
-    show_default=True,
-    help="Link type of the packets.",
-)
-@click.option(
-    "--order",
-    type=click.Choice(["traffic", "libpcap"]),
-    default="traffic",
-    show_default=True,
-    help="Order of the tests: what runs fewest instructions over usual traffic, or libpcap's.",
-)
+@options.link
+@options.order
 @click.option("-O", "--no-optimize", is_flag=True, help="Leave the code as it was generated.")
-@click.option("-n", "no_dns", is_flag=True, help="Ask no name server for host names.")
+@options.no_dns
 @click.option("--snaplen", type=click.IntRange(1, 0xFFFFFFFF), default=262144, show_default=True, metavar="BYTES")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.option(
@@ -59,7 +48,7 @@ def command(
 
     Several arguments are joined by spaces; none at all matches every packet.
     """
-    options: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "snaplen": snaplen,
         "optimize": not no_optimize,
         "order": order,
@@ -68,18 +57,18 @@ def command(
     if batch is not None:
         if expression:
             raise click.UsageError("--batch and an expression exclude each other.")
-        for answer in _answers(batch, options):
+        for answer in _answers(batch, settings):
             click.echo(json.dumps(answer))
         return
     text = " ".join(expression)
-    compiled = kbpf.compile(text, link=link, **options)
+    compiled = kbpf.compile(text, link=link, **settings)
     if as_json:
         click.echo(json.dumps({"expr": text, "dlt": compiled.layout.dlt, "insns": compiled.instructions}))
     else:
         click.echo(listing(compiled.instructions, _STYLES[min(style, 3)]), nl=False)
 
 
-def _answers(lines: Iterable[str], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _answers(lines: Iterable[str], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each line's object with "ok", "error" and "insns" added; a line that is no such object is answered too."""
     for line in lines:
         if not line.strip():
@@ -87,7 +76,7 @@ def _answers(lines: Iterable[str], options: dict[str, Any]) -> Iterator[dict[str
         answer: dict[str, Any] = {}
         try:
             answer = _request(line)
-            compiled = kbpf.compile(answer["expr"], link=_link(answer), **options)
+            compiled = kbpf.compile(answer["expr"], link=_link(answer), **settings)
             yield {**answer, "ok": True, "error": None, "insns": compiled.instructions}
         except (kbpf.KbpfError, ValueError) as error:
             yield {**answer, "ok": False, "error": describe(error), "insns": None}

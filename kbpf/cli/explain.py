@@ -10,28 +10,16 @@ import click
 
 import kbpf
 from kbpf.asm.numbers import parse_numbers
-from kbpf.specs import FILE_LAYOUTS
+from kbpf.cli import options
 
 Packet = tuple[bytes, int]
 
 
 @click.command("explain")
 @click.argument("expression", nargs=-1)
-@click.option(
-    "--link",
-    type=click.Choice(list(FILE_LAYOUTS), case_sensitive=False),
-    default="EN10MB",
-    show_default=True,
-    help="Link type of the packets.",
-)
-@click.option(
-    "--order",
-    type=click.Choice(["traffic", "libpcap"]),
-    default="traffic",
-    show_default=True,
-    help="Order of the tests, as for `kbpf compile`.",
-)
-@click.option("-n", "no_dns", is_flag=True, help="Ask no name server for host names.")
+@options.link
+@options.order
+@options.no_dns
 @click.option(
     "--instructions",
     type=click.File("r"),

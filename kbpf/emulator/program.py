@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-from kbpf.backend import LoadRefused
+from kbpf.backend import LoadRefused, object_name
 from kbpf.emulator import calls, checks, helpers
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
@@ -20,7 +20,7 @@ from kbpf.emulator.context import SkBuff
 from kbpf.emulator.helpers.maps import tail_target
 from kbpf.emulator.interpreter import BUDGET, Code, Run, link
 from kbpf.emulator.maps.array import Array
-from kbpf.emulator.maps.base import Map, object_name
+from kbpf.emulator.maps.base import Map
 from kbpf.emulator.packet import Packet
 from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec

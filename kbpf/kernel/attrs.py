@@ -88,8 +88,3 @@ def _expect(fd: int, kind: str) -> None:
         return  # Not open, which the kernel says itself, or no /proc.
     if found != _FILES[kind]:
         raise OSError(errno.EINVAL, f"the descriptor is of {found}, not {_FILES[kind]}")
-
-
-def object_name(name: str) -> bytes:
-    """A map's or program's name as the kernel takes it: letters, digits, ``_`` and ``.``, 15 bytes at the most."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15].encode()

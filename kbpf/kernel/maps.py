@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from kbpf.backend import Batch, MapInfo
+from kbpf.backend import Batch, MapInfo, object_name
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, Info, command, object_name
+from kbpf.kernel.attrs import Attr, Info, command
 from kbpf.kernel.btf import loaded_btf, read_btf
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_F_NUMA_NODE
@@ -48,7 +48,7 @@ class MapCommands:
             "map_flags": spec.flags | (0 if spec.numa_node is None else BPF_F_NUMA_NODE),
             "inner_map_fd": inner or 0,
             "numa_node": spec.numa_node or 0,
-            "map_name": object_name(spec.name),
+            "map_name": object_name(spec.name).encode(),
             "map_extra": spec.map_extra,
         }
         if not (spec.btf and spec.btf_value_type_id):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from kbpf.backend import LoadRefused, ProgramInfo, RawRun
+from kbpf.backend import LoadRefused, ProgramInfo, RawRun, object_name
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, Info, command, object_name
+from kbpf.kernel.attrs import Attr, Info, command
 from kbpf.kernel.btf import loaded_btf
 from kbpf.specs import ProgramSpec
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES
@@ -49,7 +49,7 @@ class ProgramCommands:
             "insns": instructions.address,
             "license": license.address,
             "prog_flags": spec.flags,
-            "prog_name": object_name(spec.name),
+            "prog_name": object_name(spec.name).encode(),
             "expected_attach_type": attach_type,
         }
         with loaded_btf(spec.btf) as btf:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from kbpf.backend import Backend
+from kbpf.backend import Backend, object_name
 from kbpf.errors import BpfError, MapFullError
 from kbpf.runtime.backends import select
 from kbpf.runtime.codecs import Codec, codec, per_cpu_codec
@@ -363,7 +363,7 @@ def _id_of_name(backend: Backend, name: str) -> int:
                 continue  # It went away between listing and opening.
             raise
         try:
-            if backend.map_info(fd).name == name:
+            if backend.map_info(fd).name == object_name(name):
                 found.append(id)
         finally:
             backend.close(fd)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kbpf.backend import MapInfo
+from kbpf.backend import MapInfo, object_name
 from kbpf.errors import ENOTSUPP
-from kbpf.kernel.attrs import object_name
 from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_ANY, BPF_EXIST, BPF_F_NO_PREALLOC, BPF_F_NUMA_NODE, BPF_NOEXIST
@@ -62,7 +61,7 @@ def test_info_says_what_the_spec_asked_for(kernel: KernelBackend, keep: Keep, sp
 
 
 def test_names_are_made_acceptable(kernel: KernelBackend, keep: Keep) -> None:
-    assert object_name("my map-é.rodata and more") == b"my_map__.rodata"
+    assert object_name("my map-é.rodata and more") == "my_map__.rodata"
     fd = keep(kernel.map_create(MapSpec(type="array", key_size=4, value_size=4, max_entries=1, name="a b-c.d_e")))
     assert kernel.map_info(fd).name == "a_b_c.d_e"
 

@@ -242,3 +242,9 @@ def test_opening_a_program_as_a_map_is_refused(backend):
             with pytest.raises(kbpf.BpfError) as refused:
                 opening()
             assert refused.value.errno == errno.EINVAL
+
+
+def test_a_map_is_found_by_a_name_that_was_cut(backend):
+    spec = kbpf.MapSpec(type="array", key_size=4, value_size=4, max_entries=1, name="kbpf_test_a_long_name")
+    with kbpf.Map.create(spec, backend) as map, kbpf.Map.open(name=spec.name, backend=backend) as found:
+        assert found.id == map.id

@@ -14,6 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
+from kbpf.backend import object_name
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.special import special_fields
 from kbpf.emulator.memory import M32, MutableBuffer, Region
@@ -31,11 +32,6 @@ _LAZY_SIZE = 1 << 20
 def refused(number: int) -> OSError:
     """The error that bpf(2) would set."""
     return OSError(number, "")
-
-
-def object_name(name: str) -> str:
-    """A map's or program's name cut down to what bpf(2) takes: letters, digits, ``_`` and ``.``, 15 of them at most."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15]
 
 
 def round8(size: int) -> int:
