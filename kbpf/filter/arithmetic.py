@@ -51,26 +51,29 @@ def reads_packet(term: syntax.Relation) -> bool:
 
 def relation(lowering: Lowering, term: syntax.Relation) -> Condition:
     """Both sides compared, where the protocols whose bytes are read are there."""
-    conditions: list[Condition] = []
-    left = _value(lowering, term.left, conditions)
-    right = _value(lowering, term.right, conditions)
+    left, left_there = _value(lowering, term.left)
+    right, right_there = _value(lowering, term.right)
     kind, opposite = _RELATIONS[term.relation]
     compared = lowering.pool.compare(kind, left, right)
-    return every(*conditions, negated(compared) if opposite else compared)
+    return every(left_there, right_there, negated(compared) if opposite else compared)
 
 
-def _value(lowering: Lowering, root: syntax.Arithmetic, conditions: list[Condition]) -> Value:
-    """The value of `root`; what must hold for its bytes to be there is appended to `conditions`."""
+def _value(lowering: Lowering, root: syntax.Arithmetic) -> tuple[Value, Condition]:
+    """The value of `root`, and the condition that the protocols whose bytes it begins with are there.
+
+    Of an operator's right side no protocol is tested: ``1 + tcp[0] = 5`` reads those bytes of any packet, as it
+    does in libpcap. (The manual promises the test for every index.)
+    """
     pool = lowering.pool
-    values: list[Value] = []
+    values: list[tuple[Value, Condition]] = []
     # Nodes to be visited, and those whose operands are on the stack of values.
     stack: list[tuple[syntax.Arithmetic, bool]] = [(root, False)]
     while stack:
         node, ready = stack.pop()
         if isinstance(node, syntax.Constant):
-            values.append(pool.const(node.value))
+            values.append((pool.const(node.value), True))
         elif isinstance(node, syntax.Length):
-            values.append(pool.length)
+            values.append((pool.length, True))
         elif not ready:
             stack.append((node, True))
             if isinstance(node, syntax.Accessor):
@@ -80,20 +83,26 @@ def _value(lowering: Lowering, root: syntax.Arithmetic, conditions: list[Conditi
                     stack.append((node.right, False))
                 stack.append((node.left, False))
         elif isinstance(node, syntax.Accessor):
-            values.append(_bytes(lowering, node, values.pop(), conditions))
+            offset, there = values.pop()
+            values.append(_bytes(lowering, node, offset, there))
         elif node.right is None:
-            values.append(pool.neg(values.pop()))
+            value, there = values.pop()
+            values.append((pool.neg(value), there))
         else:
-            right = values.pop()
+            right, _ = values.pop()
+            left, there = values.pop()
             try:
-                values.append(pool.op(_OPERATORS[node.operator], values.pop(), right))
+                values.append((pool.op(_OPERATORS[node.operator], left, right), there))
             except FilterError as error:
                 raise lowering.fail(str(error), node.position) from None
     return values[0]
 
 
-def _bytes(lowering: Lowering, node: syntax.Accessor, offset: Value, conditions: list[Condition]) -> Value:
+def _bytes(
+    lowering: Lowering, node: syntax.Accessor, offset: Value, offset_there: Condition
+) -> tuple[Value, Condition]:
     headers, pool, protocol = lowering.headers, lowering.pool, node.protocol
+    conditions = [offset_there]
     if protocol == "link":
         at = headers.header
         if headers.layout.live and headers.layout.start != "link" and not headers.layout.link_header:
@@ -120,9 +129,8 @@ def _bytes(lowering: Lowering, node: syntax.Accessor, offset: Value, conditions:
     elif protocol == "radio":
         if headers.link != "IEEE802_11_RADIO":
             raise lowering.fail('"radio" is for captures with radio headers only', node.position)
-        return pool.load(offset, 0, node.size)
+        return pool.load(offset, 0, node.size), offset_there
     else:
         raise lowering.fail(f'the bytes of "{protocol}" cannot be indexed', node.position)
-    if at.base is None:
-        return pool.load(offset, at.k, node.size)
-    return pool.load(pool.op("add", at.base, offset), at.k, node.size)
+    start = offset if at.base is None else pool.op("add", at.base, offset)
+    return pool.load(start, at.k, node.size), every(*conditions)

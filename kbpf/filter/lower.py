@@ -450,7 +450,7 @@ class Lowering:
             is_ethernet = headers.ethernet(f'"{term.name}"')
             return every(is_ethernet, negated(headers.link_test(0, 1, 0, 1)))
         if term.protocol == "ip":
-            return every(headers.carries(IP), self.pool.test("ge", headers.network_word(16, 1), 224))
+            return every(headers.carries(IP), headers.network_test(16, 1, 0xE0, 0xF0))
         if term.protocol == "ip6":
             return every(headers.carries(IP6), headers.network_test(24, 1, 255))
         raise self.fail(f'"multicast" does not go with "{term.protocol}"', term.position)

@@ -100,7 +100,7 @@ class Names:
         return None
 
     def network(self, name: str) -> int | None:
-        """A network's address as /etc/networks gives it, without trailing zero bytes."""
+        """A network's number as /etc/networks gives it: as many bytes as are written there."""
         for text in _table(self.networks).get(name, ()):
             try:
                 octets = [int(octet) for octet in text.split(".")]
@@ -108,8 +108,6 @@ class Names:
                 continue
             if len(octets) > 4 or any(octet > 255 for octet in octets):
                 continue
-            while octets and octets[-1] == 0:
-                octets.pop()
             return int.from_bytes(bytes(octets), "big")
         return None
 

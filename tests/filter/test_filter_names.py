@@ -16,7 +16,7 @@ def names(tmp_path: Path) -> Names:
     files = {
         "services": "# comment\nweb 80/tcp http www\ndns 53/tcp\ndns 53/udp\nboot-ps 67/udp\nold 5/tcp\nold 6/udp\n",
         "protocols": "tcp 6 TCP\nospf 89 OSPFIGP # routing\n",
-        "networks": "office 10.1.0.0\nloop 127\n",
+        "networks": "office 10.1\nloop 127\nquad 10.1.0.0\n",
         "ethers": "0:1:2:3:4:5 printer\n",
         "hosts": "10.1.2.3 printer printer.example\nfe80::7 printer\n",
     }
@@ -47,6 +47,8 @@ def test_services_and_ranges(names: Names) -> None:
         ("ip proto ospf", "ip proto 89"),
         ("net office", "net 10.1.0.0/16"),
         ("net loop", "net 127.0.0.0/8"),
+        # All four numbers, as in "net 10.1.0.0": one address.
+        ("net quad", "net 10.1.0.0/32"),
         ("host printer", "host 10.1.2.3 or ip6 host fe80::7"),
         ("ip6 host printer", "ip6 host fe80::7"),
         ("ether src printer", "ether src 0:1:2:3:4:5"),
