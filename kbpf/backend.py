@@ -9,9 +9,10 @@ map of maps or a program array takes them as values the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from kbpf.isa.ebpf import Instruction
 from kbpf.specs import Layout, MapSpec, ProgramSpec
 
 BackendName = Literal["kernel", "emulator"]
@@ -69,6 +70,27 @@ class RawRun(NamedTuple):
     data: bytes
     context: bytes
     duration_ns: int
+
+
+class MemoryAccess(NamedTuple):
+    """Memory that an instruction touched: where in a region, how many bytes, and whether they were written.
+
+    Regions are "context", "stack", "packet", "flow_keys" and "map". The stack's offset 0 is its lowest byte.
+    """
+
+    region: str
+    offset: int
+    size: int
+    written: bool
+
+
+class TraceStep(NamedTuple):
+    """One instruction of a run, at index `pc`: the registers whose values it changed, and the memory it touched."""
+
+    pc: int
+    instruction: Instruction
+    registers: dict[int, int]
+    memory: tuple[MemoryAccess, ...]
 
 
 class LoadRefused(OSError):
@@ -167,6 +189,10 @@ class Backend(Protocol):
 
     def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
         """BPF_PROG_TEST_RUN; `context` may be empty."""
+        ...
+
+    def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
+        """The steps of such a run; EOPNOTSUPP on the kernel, which does not show them."""
         ...
 
     # Pins and ids; `kind` says what is wanted, the kernel checks.

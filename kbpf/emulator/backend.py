@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike
-from kbpf.emulator import maps, network, sockets, test_runs
+from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike, TraceStep
+from kbpf.emulator import maps, network, sockets, test_runs, trace
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
@@ -200,6 +200,9 @@ class EmulatorBackend:
 
     def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
         return test_runs.run(self.program(fd), data, context, repeat)
+
+    def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
+        return trace.trace(self.program(fd), data, context)
 
     # Pins and ids.
 

@@ -74,13 +74,11 @@ class Access(NamedTuple):
     writes_packet: bool = False
 
 
-_METADATA = frozenset(
-    "len pkt_type mark queue_mapping protocol vlan_present vlan_tci vlan_proto priority ingress_ifindex ifindex "
-    "tc_index hash napi_id gso_segs gso_size".split()
-)
 _DATA = frozenset(("data", "data_end"))
+_TRAFFIC_CONTROL = frozenset(("data_meta", "tc_classid", "tstamp", "tstamp_type", "wire_len", "hwtstamp"))
+_METADATA = frozenset(_READ) - _DATA - _TRAFFIC_CONTROL
 _SCHED = Access(
-    _METADATA | _DATA | {"data_meta", "tc_classid", "tstamp", "tstamp_type", "wire_len", "hwtstamp"},
+    frozenset(_READ),
     frozenset(_WRITE),
     direct=True,
     writes_packet=True,

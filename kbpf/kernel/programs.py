@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from kbpf.backend import LoadRefused, ProgramInfo, RawRun, object_name
+from kbpf.backend import LoadRefused, ProgramInfo, RawRun, TraceStep, object_name
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import syscall
@@ -97,6 +97,9 @@ class ProgramCommands:
             attr.issue()
         written = attr["ctx_size_out"] or len(context)
         return RawRun(attr["retval"], data_out.read(attr["data_size_out"]), context_at.read(written), attr["duration"])
+
+    def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
+        raise OSError(errno.EOPNOTSUPP, "only the emulator shows the steps of a run")
 
 
 def _with_descriptors(instructions: Sequence[Instruction], maps: Sequence[int]) -> list[Instruction]:

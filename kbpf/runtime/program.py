@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kbpf.backend import Backend
+from kbpf.backend import Backend, TraceStep
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
@@ -131,12 +131,26 @@ class Program(Resource):
         fields = dict(context or {})
         if wirelen is not None:
             fields["wire_len"] = wirelen
-        # Socket buffers always go in with their context, so that what the program wrote there comes out.
-        raw = b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
+        raw = self._packed_context(fields)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
             done = self._backend.program_run(self.fileno(), bytes(memoryview(data)), raw, repeat)
         after = unpack_context(name, done.context) if name and done.context else {}
         return RunResult(done.value, done.data, after, done.duration_ns)
+
+    def trace(self, data: bytes = b"", context: Mapping[str, Any] | None = None) -> Iterator[TraceStep]:
+        """The steps of one run over `data`, as `run` takes it: instructions, registers changed, memory touched.
+
+        The emulator's alone: raises `NotSupportedError` for a program in the kernel. A run that faults gives the steps
+        until then and raises `EmulationFault`. What helpers touch is not shown, nor programs behind tail calls.
+        """
+        raw = self._packed_context(context or {})
+        with doing(self._backend, f"trace {self.label}", operation="prog_test_run", program_type=self.type):
+            return self._backend.program_trace(self.fileno(), bytes(memoryview(data)), raw)
+
+    def _packed_context(self, fields: Mapping[str, Any]) -> bytes:
+        """The context for a test run; socket buffers always get one, so that what is written there comes out."""
+        name = _CONTEXTS.get(self.type)
+        return b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
 
     def attach(self, target: Any, *, drain: bool | None = None) -> Link:
         """Attach to a socket with SO_ATTACH_BPF (Linux 3.19); see `kbpf.attach`.

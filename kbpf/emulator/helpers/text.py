@@ -38,7 +38,7 @@ def text_at(run: Run, address: int) -> bytes:
 
 
 def _formatted(run: Run, format: bytes, arguments: Sequence[int]) -> bytes:
-    if any(not (byte >= 0x20 and byte != 0x7F or 9 <= byte <= 13) for byte in format):
+    if any(byte == 0x7F or (byte < 0x20 and not 9 <= byte <= 13) for byte in format):
         raise _BadFormat
     rest, out, at = iter(arguments), b"", 0
     for match in _CONVERSION.finditer(format):

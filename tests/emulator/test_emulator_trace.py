@@ -1,0 +1,83 @@
+"""`Program.trace`: a run, step by step."""
+
+from __future__ import annotations
+
+import pytest
+from sides import FRAME
+
+import kbpf
+from kbpf.backend import MemoryAccess
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+from kbpf.specs import ProgramSpec
+
+I = Instruction  # noqa: E741
+EXIT = I(ebpf.JMP | ebpf.EXIT)
+PROGRAM = (
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 1, 0),
+    I(ebpf.STX | ebpf.MEM | ebpf.DW, 10, 2, -8),
+    I(ebpf.ALU64 | ebpf.MOV, 3, 0, 0, 5),
+    I(ebpf.STX | ebpf.ATOMIC | ebpf.DW, 10, 3, -8, ebpf.FETCH),
+    I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 0, 3),
+    EXIT,
+)
+
+
+def test_each_step_shows_registers_and_memory() -> None:
+    length = len(FRAME) - 14
+    with kbpf.load_program(ProgramSpec(instructions=PROGRAM), backend="emulator") as program:
+        steps = list(program.trace(FRAME))
+    assert [step.pc for step in steps] == [0, 1, 2, 3, 4, 5]
+    assert [step.instruction for step in steps] == list(PROGRAM)
+    assert [step.registers for step in steps] == [{2: length}, {}, {3: 5}, {3: length}, {0: length}, {}]
+    assert [step.memory for step in steps] == [
+        (MemoryAccess("context", 0, 4, False),),
+        (MemoryAccess("stack", 504, 8, True),),
+        (),
+        (MemoryAccess("stack", 504, 8, False), MemoryAccess("stack", 504, 8, True)),
+        (),
+        (),
+    ]
+
+
+def test_packet_accesses_are_told_apart() -> None:
+    program = (
+        I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 1, 76),
+        I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 1, 80),
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 4, 2),
+        I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 14),
+        I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 1),
+        I(ebpf.LDX | ebpf.MEM | ebpf.H, 0, 2, 12),
+        I(ebpf.ALU64 | ebpf.MOV, 0),
+        EXIT,
+    )
+    with kbpf.load_program(ProgramSpec(type="sched_cls", instructions=program), backend="emulator") as loaded:
+        steps = {step.pc: step for step in loaded.trace(FRAME)}
+    assert steps[5].memory == (MemoryAccess("packet", 12, 2, False),)
+    assert steps[5].registers == {0: 8}
+
+
+def test_a_fault_comes_after_the_steps_that_led_to_it() -> None:
+    program = (I(ebpf.ALU64 | ebpf.MOV, 0), I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 0, 0), EXIT)
+    with kbpf.load_program(ProgramSpec(instructions=program), backend="emulator") as loaded:
+        steps = loaded.trace(FRAME)
+        assert next(steps).pc == 0
+        with pytest.raises(kbpf.EmulationFault):
+            next(steps)
+
+
+def test_what_a_run_refuses_a_trace_refuses() -> None:
+    with (
+        kbpf.load_program(ProgramSpec(instructions=PROGRAM), backend="emulator") as loaded,
+        pytest.raises(kbpf.BpfError),
+    ):
+        loaded.trace(b"short")
+
+
+@pytest.mark.requires("kernel")
+def test_the_kernel_shows_no_steps() -> None:
+    with (
+        kbpf.load_program(ProgramSpec(instructions=PROGRAM), backend="kernel") as loaded,
+        pytest.raises(kbpf.NotSupportedError, match="emulator"),
+    ):
+        loaded.trace(FRAME)
