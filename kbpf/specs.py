@@ -158,6 +158,15 @@ class ProgramSpec:
         )
         object.__setattr__(self, "instructions", tuple(decoded))
         object.__setattr__(self, "maps", tuple(self.maps))
+        attach_type = self.expected_attach_type
+        if isinstance(attach_type, str):
+            from kbpf.uapi.enums import ATTACH_TYPES
+
+            if attach_type not in ATTACH_TYPES:
+                raise ValueError(f"no attach type is called {attach_type!r}")
+        for name, number in (("flags", self.flags), ("expected_attach_type", attach_type)):
+            if isinstance(number, int) and not 0 <= number < 1 << 32:
+                raise ValueError(f"{name} of a program has 32 bits, {number} does not fit")
 
 
 @dataclass(frozen=True, kw_only=True)

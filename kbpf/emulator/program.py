@@ -24,6 +24,7 @@ from kbpf.emulator.maps.base import Map
 from kbpf.emulator.packet import Packet
 from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec
+from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import PROG_TYPES
 
 #: The most maps that a program may use (MAX_USED_MAPS).
@@ -35,6 +36,15 @@ _WITHOUT_LOCKS = {
     "socket_filter": "socket filter",
     **dict.fromkeys(("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable"), "tracing"),
 }
+#: What is asked of the verifier or of devices, and changes nothing here.
+_FLAGS = (
+    uapi.BPF_F_STRICT_ALIGNMENT
+    | uapi.BPF_F_ANY_ALIGNMENT
+    | uapi.BPF_F_TEST_RND_HI32
+    | uapi.BPF_F_TEST_STATE_FREQ
+    | uapi.BPF_F_XDP_HAS_FRAGS
+    | uapi.BPF_F_TEST_REG_INVARIANTS
+)
 _BY_INDEX = (ebpf.PSEUDO_MAP_IDX, ebpf.PSEUDO_MAP_IDX_VALUE)
 #: References to maps, and what they are when the kernel has found the map.
 _REFERENCES = {
@@ -62,6 +72,8 @@ class Program:
         if spec.type not in helpers.ALLOWED:
             if spec.type in PROG_TYPES and spec.type != "unspec":
                 raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
+            raise LoadRefused(errno.EINVAL, "")
+        if spec.flags & ~_FLAGS:
             raise LoadRefused(errno.EINVAL, "")
         self.name = object_name(spec.name)
         checks.check(spec.instructions, spec.type in LOADS_PACKET)

@@ -35,8 +35,6 @@ class ProgramCommands:
     def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
         attach_type = spec.expected_attach_type or 0
         if isinstance(attach_type, str):
-            if attach_type not in ATTACH_TYPES:
-                raise LoadRefused(errno.EINVAL, f'no attach type is called "{attach_type}"')
             attach_type = ATTACH_TYPES[attach_type]
         if spec.type not in PROG_TYPES:
             raise LoadRefused(errno.EINVAL, f'no program type is called "{spec.type}"')

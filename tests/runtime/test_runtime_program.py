@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,24 @@ def test_a_program_that_is_dropped_is_closed_even_if_warnings_are_errors() -> No
 def test_a_number_is_no_packet(backend: str) -> None:
     with kbpf.load_program(RETURN_SEVEN, backend=backend) as program, pytest.raises(TypeError):
         program.run(60)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"expected_attach_type": "no_such_type"}, {"expected_attach_type": -1}, {"flags": 1 << 32}]
+)
+def test_a_spec_takes_no_attach_type_or_flags_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"attach|flags"):
+        kbpf.ProgramSpec(instructions=b"", **wrong)
+
+
+@pytest.mark.requires("kernel")
+@pytest.mark.parametrize("flag", [1 << bit for bit in (0, 1, 2, 3, 4, 5, 7, 8, 15, 31)])
+def test_both_backends_take_the_same_flags(flag: int) -> None:
+    taken = {}
+    for backend in ("kernel", "emulator"):
+        try:
+            kbpf.load_program(replace(RETURN_SEVEN, flags=flag), backend=backend).close()
+            taken[backend] = 0
+        except kbpf.VerifierError as error:
+            taken[backend] = error.errno or 0
+    assert taken["kernel"] == taken["emulator"]
