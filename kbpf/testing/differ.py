@@ -260,12 +260,19 @@ def assert_same(
     maps: Sequence[MapSpec] = (),
     runs: Iterable[tuple[bytes, bytes]],
     by_descriptor: bool = False,
+    type: str = "socket_filter",
+    attach_type: str | int | None = None,
 ) -> None:
     """Raise `AssertionError` where the kernel and the emulator differ over a program."""
     from kbpf.emulator.backend import EmulatorBackend
     from kbpf.kernel.backend import kernel_backend
 
-    spec = ProgramSpec(instructions=tuple(ebpf.Instruction(*i) for i in program), maps=tuple(maps))
+    spec = ProgramSpec(
+        type=type,
+        expected_attach_type=attach_type,
+        instructions=tuple(ebpf.Instruction(*i) for i in program),
+        maps=tuple(maps),
+    )
     case = EbpfCase(spec=spec, runs=tuple(runs), by_descriptor=by_descriptor)
     with one_processor():
         truth = run_ebpf(kernel_backend(), case)
@@ -289,7 +296,10 @@ def ebpf_as_test(case: EbpfCase, name: str) -> str:
     lines += [
         f'            (bytes.fromhex("{data.hex()}"), bytes.fromhex("{context.hex()}")),' for data, context in case.runs
     ]
-    lines += ["        ],", f"        by_descriptor={case.by_descriptor},", "    )"]
+    lines += ["        ],", f"        by_descriptor={case.by_descriptor},"]
+    if case.spec.type != "socket_filter":
+        lines += [f"        type={case.spec.type!r},", f"        attach_type={case.spec.expected_attach_type!r},"]
+    lines += ["    )"]
     return "\n".join(lines)
 
 

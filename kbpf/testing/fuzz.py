@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from random import Random
 
-from kbpf.testing import carriers, coverage, differ, generate_ebpf
+from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf
 from kbpf.testing.generate_ebpf import MAP_TYPES
 
-KINDS = ("cbpf", "ebpf")
+KINDS = ("cbpf", "ebpf", "direct")
 #: From this many programs on, a run must cover everything.
 FULL = 5000
 #: One in so many cases is watched for coverage: watching makes the emulator slow.
@@ -61,9 +61,11 @@ class Report:
 
     def missing(self) -> list[str]:
         """What should have been covered and was not."""
-        required = (
-            coverage.required_classic() if self.kind == "cbpf" else coverage.required_ebpf((*MAP_TYPES, "prog_array"))
-        )
+        required = {
+            "cbpf": coverage.required_classic,
+            "ebpf": lambda: coverage.required_ebpf((*MAP_TYPES, "prog_array")),
+            "direct": generate_direct.required,
+        }[self.kind]()
         return sorted(required - self.coverage.keys())
 
 
@@ -125,7 +127,40 @@ def fuzz_ebpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
     return report
 
 
-_FUZZERS: dict[str, Callable[[str, Iterable[int]], Report]] = {"cbpf": fuzz_cbpf, "ebpf": fuzz_ebpf}
+def fuzz_direct(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
+    """Run the cases of these numbers, of all the types that reach into packets in turn."""
+    from kbpf.emulator.backend import EmulatorBackend
+    from kbpf.kernel.backend import kernel_backend
+
+    report = Report("direct")
+    kernel, emulated = kernel_backend(), EmulatorBackend()
+    types = generate_direct.TYPES
+    with differ.one_processor():
+        for number in cases:
+            program_type = types[number % len(types)]
+            case = generate_direct.generate(Random(f"{seed}/direct/{number}"), program_type)
+            truth = differ.run_ebpf(kernel, case)
+            if truth.refused:
+                report.refused[f"errno {truth.refused}: {differ.last_words(truth.log)}"] += 1
+                continue
+            report.accepted += 1
+            report.runs += len(case.runs)
+            report.coverage.update(f"{program_type} {name}" for name in generate_direct.called(case))
+            if differ.run_ebpf(emulated, case) != truth:
+                small = differ.shrink_ebpf(kernel, emulated, case)
+                why = differ.differences(differ.run_ebpf(kernel, small), differ.run_ebpf(emulated, small))
+                text = differ.ebpf_as_test(small, f"seed_{seed}_case_{number}")
+                report.differences.append("\n".join([*(f"# {line}" for line in why), text]))
+                if len(report.differences) >= enough:
+                    break
+    return report
+
+
+_FUZZERS: dict[str, Callable[[str, Iterable[int]], Report]] = {
+    "cbpf": fuzz_cbpf,
+    "ebpf": fuzz_ebpf,
+    "direct": fuzz_direct,
+}
 
 
 def fuzz(

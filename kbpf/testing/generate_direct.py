@@ -289,3 +289,15 @@ def _run_of_xdp(rng: Random) -> tuple[bytes, bytes]:
         return frame, b""
     data = rng.randbytes(metadata) + frame
     return data, struct.pack("=6I", metadata, len(data), 0, rng.choice((0, 1)), 0, 0)
+
+
+def called(case: EbpfCase) -> set[str]:
+    """The helpers that a program calls, by name."""
+    numbers = {i.imm for i in case.spec.instructions if i.opcode == ebpf.JMP | ebpf.CALL}
+    return {name for name, number in HELPERS.items() if number in numbers}
+
+
+def required() -> set[str]:
+    """What a long run covers: each helper, called by each type that may."""
+    names = {name.partition(" ")[0] for name in _CALLS}
+    return {f"{kind} {name}" for kind in TYPES for name in names if HELPERS[name] in ALLOWED[kind]}

@@ -1,0 +1,43 @@
+"""Random programs that reach into packets give the same on the kernel and in the emulator."""
+
+from __future__ import annotations
+
+import pytest
+
+from kbpf.testing.differ import assert_same
+from kbpf.testing.fuzz import fuzz_direct
+
+pytestmark = pytest.mark.requires("kernel")
+
+_IPV6 = bytes(12) + b"\x86\xdd" + bytes(range(100, 160))
+
+
+def test_programs_agree() -> None:
+    report = fuzz_direct("test", range(3000))
+    assert report.differences == []
+    assert report.share > 0.99
+    assert report.missing() == []
+
+
+def _calling(*calls: tuple[int, ...]) -> list[tuple[int, int, int, int, int]]:
+    """A program that makes calls with the context and numbers as arguments, and ends with the last result."""
+    out = [(0xBF, 6, 1, 0, 0)]
+    for helper, *arguments in calls:
+        out += [(0xBF, 1, 6, 0, 0), *((0xB7, register, 0, 0, value) for register, value in enumerate(arguments, 2))]
+        out += [(0x85, 0, 0, 0, helper)]
+    return [*out, (0x95, 0, 0, 0, 0)]
+
+
+def test_an_unset_transport_header_moves_with_the_others() -> None:
+    """IPv6 to IPv4, 100 bytes at the front: the buffer moves, and cutting is allowed down to a header never set."""
+    for length in (14, 15, 16, 34):
+        assert_same(program=_calling((31, 8, 0), (43, 100, 0), (38, length, 0)), runs=[(_IPV6, b"")], type="sched_act")
+
+
+def test_bytes_that_were_cut_off_come_back_before_a_new_header() -> None:
+    assert_same(program=_calling((38, 34, 0), (50, 14, 0, 2)), runs=[(_IPV6, b"")], type="sched_cls")
+
+
+def test_congestion_is_marked_behind_a_tag() -> None:
+    ipv4 = bytes(12) + b"\x08\x00\x45\x01" + bytes(30)
+    assert_same(program=_calling((18, 0xA888, 5), (18, 0, 0), (97,)), runs=[(ipv4, b"")], type="sched_act")
