@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Editable by a plain path entry: the default finder takes 15 ms at every start of Python.
 INSTALL := $(BIN)/pip install --quiet --config-settings editable_mode=compat --editable
+# An installed wheel comes compiled; an editable one is compiled at every start where PYTHONDONTWRITEBYTECODE is set.
+COMPILE := $(BIN)/python -m compileall -q kbpf
 
 # tcpdump brings libpcap, under the name that it has in this release.
 TEST_PACKAGES := clang llvm libbpf-dev python3-bpfcc linux-headers-$(shell dpkg --print-architecture 2>/dev/null) \
@@ -48,10 +50,12 @@ bench: .venv/installed-bench
 
 .venv/installed: pyproject.toml | .venv/bin/pip
 	$(INSTALL) .
+	$(COMPILE)
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/pip
 	$(INSTALL) '.[dev]'
+	$(COMPILE)
 	touch $@ .venv/installed
 
 .venv/installed-bench: pyproject.toml | .venv/bin/pip

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kbpf.backend import Backend, BackendName
 from kbpf.errors import EmulationWarning
+
+if TYPE_CHECKING:
+    from kbpf.backend import Backend, BackendName
 
 Choice = Literal["auto", "kernel", "emulator"]
 _CHOICES = ("auto", "kernel", "emulator")
