@@ -26,7 +26,8 @@ def match(lowering: Lowering, terms: Sequence[syntax.Match]) -> Condition:
     if isinstance(operand, syntax.Mac):
         if qualifiers.protocol != "link" or qualifiers.type == "net":
             raise lowering.fail('an Ethernet address needs "ether host", "ether src" or "ether dst"', term.position)
-        return mac(lowering, operand.value, qualifiers, "an Ethernet address")
+        addresses = [each.operand.value for each in terms if isinstance(each.operand, syntax.Mac)]
+        return mac(lowering, addresses, qualifiers, "an Ethernet address")
     if isinstance(operand, syntax.Arcnet):
         raise lowering.fail("ARCNET addresses are for ARCNET captures only", term.position)
     if isinstance(operand, syntax.Ipv6):
@@ -138,29 +139,27 @@ def _ipv6_at(lowering: Lowering, offset: int, members: Sequence[Member]) -> Cond
     found = lowering.pool.lookup(words, members)
     if found is not None:
         return found
-    return some(*(_ipv6_is(lowering, offset, address, mask) for address, mask in members))
+    parts = [[(address >> shift & M32, mask >> shift & M32) for shift in (96, 64, 32, 0)] for address, mask in members]
+    return sets.several(lowering.pool, words, parts, lowering.order == "traffic")
 
 
-def _ipv6_is(lowering: Lowering, offset: int, address: int, mask: int) -> Condition:
+def mac(lowering: Lowering, addresses: list[int], qualifiers: Qualifiers, what: str) -> Condition:
+    """Ethernet addresses in the link header."""
     headers = lowering.headers
-    words = []
-    for index in range(4):
-        shift = 96 - 32 * index
-        word, member = headers.network_word(offset + 4 * index, 4), (address >> shift & M32, mask >> shift & M32)
-        words.append(sets.masked(lowering.pool, word, [member], lowering.order == "traffic"))
-    return every(*words)
-
-
-def mac(lowering: Lowering, address: int, qualifiers: Qualifiers, what: str) -> Condition:
-    """An Ethernet address in the link header."""
-    headers = lowering.headers
-    data = address.to_bytes(6, "big")
     if headers.link in wireless.LINKS and not headers.tunnel:
-        return wireless.host(headers, data, qualifiers.direction)
+        return some(*(wireless.host(headers, each.to_bytes(6, "big"), qualifiers.direction) for each in addresses))
     is_ethernet = headers.ethernet(what)
-    source = headers.bytes_test(headers.header, 6, data)
-    destination = headers.bytes_test(headers.header, 0, data)
-    return every(is_ethernet, _direction(qualifiers, source, destination))
+    members = [(address, (1 << 48) - 1) for address in addresses]
+    source, destination = (partial(_mac_at, lowering, offset) for offset in (6, 0))
+    return every(is_ethernet, lowering.directed(qualifiers.direction, members, source, destination))
+
+
+def _mac_at(lowering: Lowering, offset: int, members: Sequence[Member]) -> Condition:
+    """The last four bytes tell most of them apart, and are compared first, as libpcap does."""
+    headers = lowering.headers
+    words = [headers.load(headers.header, offset + 2, 4), headers.load(headers.header, offset, 2)]
+    parts = [[(address & M32, M32), (address >> 32, M32)] for address, _ in members]
+    return sets.several(lowering.pool, words, parts, lowering.order == "traffic")
 
 
 def _named(lowering: Lowering, term: syntax.Match, name: str) -> Condition:
@@ -177,7 +176,7 @@ def _named(lowering: Lowering, term: syntax.Match, name: str) -> Condition:
         address = lowering.names.ethernet(name)
         if address is None:
             raise lowering.fail(f'"{name}" is no Ethernet host known here', term.position)
-        return mac(lowering, address, qualifiers, f'"{name}"')
+        return mac(lowering, [address], qualifiers, f'"{name}"')
     if qualifiers.protocol == "decnet":
         raise lowering.fail("DECnet hosts have no names here, only addresses", term.position)
     parts = []
@@ -208,7 +207,7 @@ def gateway(lowering: Lowering, term: syntax.Match) -> Condition:
         Qualifiers(term.qualifiers.protocol, "or", "host"),
         term.position,
     )
-    return every(mac(lowering, address, Qualifiers("link", "", ""), '"gateway"'), negated(own))
+    return every(mac(lowering, [address], Qualifiers("link", "", ""), '"gateway"'), negated(own))
 
 
 def _decnet(lowering: Lowering, term: syntax.Match) -> Condition:

@@ -157,6 +157,9 @@ class Lowering:
             return None
         if qualifiers.type in ("port", "portrange"):
             return ("port", qualifiers.direction, self._port_numbers(term)[2])
+        if isinstance(term.operand, syntax.Mac):
+            # 802.11 has its own places for addresses.
+            return None if self.headers.link in wireless.LINKS else ("mac", qualifiers.direction, qualifiers[::2])
         if qualifiers.type in ("", "host", "net") and isinstance(
             term.operand, (syntax.Ipv4, syntax.Ipv6, syntax.Number)
         ):
@@ -431,7 +434,7 @@ class Lowering:
 
     def broadcast(self, term: syntax.Special) -> Condition:
         if term.protocol in ("", "link"):
-            return hosts.mac(self, (1 << 48) - 1, Qualifiers("link", "dst", ""), "broadcast")
+            return hosts.mac(self, [(1 << 48) - 1], Qualifiers("link", "dst", ""), "broadcast")
         if term.protocol != "ip":
             raise self.fail(f'"broadcast" does not go with "{term.protocol}"', term.position)
         if self.netmask is None:
@@ -450,7 +453,9 @@ class Lowering:
             is_ethernet = headers.ethernet(f'"{term.name}"')
             return every(is_ethernet, negated(headers.link_test(0, 1, 0, 1)))
         if term.protocol == "ip":
-            return every(headers.carries(IP), headers.network_test(16, 1, 0xE0, 0xF0))
+            if self.order == "libpcap":
+                return every(headers.carries(IP), headers.network_test(16, 1, 0xE0, 0xF0))
+            return every(headers.carries(IP), sets.within(self.pool, headers.network_word(16, 1), 0xE0, 0xEF))
         if term.protocol == "ip6":
             return every(headers.carries(IP6), headers.network_test(24, 1, 255))
         raise self.fail(f'"multicast" does not go with "{term.protocol}"', term.position)

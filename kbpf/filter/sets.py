@@ -46,6 +46,43 @@ def _network(pool: Pool, word: Value, address: int, mask: int) -> Condition:
     return every(above, below) if address > M32 - last else every(below, above)
 
 
+def several(
+    pool: Pool, words: Sequence[Value], members: Sequence[Sequence[tuple[int, int]]], ranges: bool = True
+) -> Condition:
+    """Whether an address of several words is one of many; a member has an (address, mask) for each word, in order.
+
+    A word is read where those before it are a member's.
+    """
+    if not words or len(members) <= CHAIN or not ranges:
+        return some(
+            *(
+                every(*(masked(pool, word, [part], ranges) for word, part in zip(words, member, strict=True)))
+                for member in members
+            )
+        )
+    # Networks that end within the first word; for the others, what can follow it.
+    short: list[Condition] = []
+    following: dict[int, list[Sequence[tuple[int, int]]]] = {}
+    for member in members:
+        address, mask = member[0]
+        if mask == M32:
+            following.setdefault(address, []).append(member[1:])
+        else:
+            short.append(masked(pool, words[0], [member[0]]))
+    branches = [(address, several(pool, words[1:], rest)) for address, rest in sorted(following.items())]
+    return some(*short, _branches(pool, words[0], branches))
+
+
+def _branches(pool: Pool, word: Value, branches: list[tuple[int, Condition]]) -> Condition:
+    """The condition that goes with the value of `word`."""
+    if len(branches) <= CHAIN:
+        return some(*(every(pool.test("eq", word, k), condition) for k, condition in branches))
+    middle = len(branches) // 2
+    test = pool.test("gt", word, branches[middle - 1][0])
+    assert isinstance(test, Test)
+    return Choice(test, _branches(pool, word, branches[middle:]), _branches(pool, word, branches[:middle]))
+
+
 def within(pool: Pool, word: Value, low: int, high: int) -> Condition:
     """``low <= word <= high``."""
     if low == high:

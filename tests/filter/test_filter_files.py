@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import filter_packets
 import pytest
@@ -30,6 +31,8 @@ PRIMITIVES = [
     "not port 1 and not host 10.0.0.9 and not port 443 and not host 10.0.0.2 and host 10.0.0.1 and not port 80",
     *("not (host 10.0.0.1 or 10.0.0.2)", "not host 10.0.0.2 and 10.0.0.1", "net 192.168.0.0/17"),
     *("dst net 128.0.0.0/1", "net 0.0.0.0/1", "decnet dst 10.1", "pppoes 1"),
+    " or ".join(f"host fe80::{i % 3}:{i}" for i in range(0, 60, 5)) + " or host fe80::2 or net fe80:0:0:1::/64",
+    "dst host " + " or ".join(f"fe8{i}::1" for i in range(10)) + " or fe80::1 or 1::2 or fe80::2",
     "src 1.1.1.1 or 2.2.2.2 or 10.0.0.1 or 10.0.0.2 or 5.5.5.5 or 6.6.6.6 or 7.7.7.7 or 8.8.8.8 or 9.9.9.9",
 ]
 
@@ -62,6 +65,22 @@ def test_every_packet_gets_libpcaps_verdict(dlt: int) -> None:
         cbpf.check(program)
         for frame in FRAMES[dlt]:
             assert run(program, frame) == run(reference, frame), (expression, frame.hex())
+
+
+@pytest.mark.requires("libpcap")
+def test_lists_of_ethernet_addresses_get_libpcaps_verdict() -> None:
+    frames = FRAMES[1]
+    listed = [":".join(f"{octet:x}" for octet in frame[at : at + 6]) for frame in frames[:60:5] for at in (0, 6)]
+    for kind in ("ether host", "ether src", "ether dst", "not ether src"):
+        for expression in (
+            " or ".join(f"{kind} {each}" for each in listed),
+            " or ".join(f"{kind} {each} or ip host 10.0.0.1" for each in listed[:4]),
+            " and ".join(f"not {kind} {each}" for each in listed[2:9]),
+        ):
+            program, reference = compile_filter(expression).instructions, libpcap(expression, 1)
+            assert reference is not None
+            for frame in frames:
+                assert run(program, frame) == run(reference, frame), (expression, frame.hex())
 
 
 @pytest.mark.parametrize("order", ["traffic", "libpcap"])
@@ -116,6 +135,30 @@ class TestLists:
             packet = Packet(frame)
             assert bool(run(program, packet)) is matches
             assert packet.steps <= 40
+
+    @pytest.mark.parametrize("kind", ["host", "ether host"])
+    def test_lists_of_longer_addresses_are_trees_too(self, kind: str) -> None:
+        rng = random.Random(3)
+        if kind == "host":
+            listed = [rng.getrandbits(128) for _ in range(500)]
+            listed += [address ^ rng.getrandbits(40) for address in listed]
+            texts = [":".join(f"{address >> shift & 0xFFFF:x}" for shift in range(112, -1, -16)) for address in listed]
+        else:
+            listed = [rng.getrandbits(48) for _ in range(1000)]
+            texts = [":".join(f"{octet:x}" for octet in address.to_bytes(6, "big")) for address in listed]
+        start = time.perf_counter()
+        program = compile_filter(" or ".join(f"{kind} {text}" for text in texts)).instructions
+        assert time.perf_counter() - start < 2
+        for address in (listed[0], listed[600], listed[999], 5):
+            for source, destination in ((address, 9), (9, address)):
+                if kind == "host":
+                    frame = b"\2" * 12 + b"\x86\xdd" + filter_packets.ipv6(b"", 6, source, destination)
+                    frame = frame[:22] + source.to_bytes(16, "big") + destination.to_bytes(16, "big")
+                else:
+                    frame = destination.to_bytes(6, "big") + source.to_bytes(6, "big") + b"\x08\0"
+                packet = Packet(frame)
+                assert bool(run(program, packet)) is (address != 5)
+                assert packet.steps <= 50
 
     def test_far_jumps_go_through_hops(self) -> None:
         text = " or ".join(f"(tcp port {port} and ip[8]={port % 256})" for port in range(300))

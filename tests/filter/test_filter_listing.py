@@ -39,7 +39,7 @@ def test_tcp_and_dst_port_7070_is_the_sixteen_instructions() -> None:
         *("ip", "arp", "tcp", "udp", "icmp", "icmp6", "port 53", "tcp port 80", "udp dst port 53", "host 10.0.0.1"),
         *("src net 10.0.0.0/8", "not host 10.0.0.1", "tcp and dst port 7070", "udp portrange 100-200", "ip proto 47"),
         *("ether src 1:2:3:4:5:6", "ip[0]>>4=4", "tcp[13]&2!=0", "less 100", "vlan 5", "ip6 net fe80::/10"),
-        *("arp or rarp", "host 10.0.0.1 or 10.0.0.2", "ip multicast", "ether broadcast", "icmp[0]=8"),
+        *("arp or rarp", "host 10.0.0.1 or 10.0.0.2", "ip6 multicast", "ether broadcast", "icmp[0]=8"),
     ],
 )
 def test_common_listings_are_libpcaps(expression: str) -> None:
