@@ -10,12 +10,42 @@ map of maps or a program array takes them as values the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from errno import EPERM
 from typing import Any, Literal, NamedTuple, Protocol
 
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import Layout, MapSpec, ProgramSpec
 
 BackendName = Literal["kernel", "emulator"]
+
+
+#: Why nobody can change a filter.
+LOCKED = "the socket's filter is locked (SO_LOCK_FILTER): nobody can change or detach it, and nothing unlocks it"
+
+_READS = frozenset(["map_lookup_elem", "map_get_next_key", "map_lookup_batch"])
+_WRITES = frozenset(
+    [
+        "map_update_elem",
+        "map_delete_elem",
+        "map_lookup_and_delete_elem",
+        "map_update_batch",
+        "map_delete_batch",
+        "map_lookup_and_delete_batch",
+    ]
+)
+
+
+def refused_by_object(operation: str, errno: int) -> tuple[str, ...]:
+    """Why EPERM or EACCES came where the map or the socket refuses, whoever asks; nothing where it is not that."""
+    if operation in _READS:
+        return ("the map may not be read from user space (BPF_F_WRONLY, or opened write-only)",)
+    if operation in _WRITES:
+        return ("the map is frozen or read-only for user space (BPF_F_RDONLY, or opened read-only)",)
+    if operation == "map_freeze":
+        return ("the map is frozen already, or read-only for user space (BPF_F_RDONLY)",)
+    if operation == "SO_GET_FILTER":
+        return ("an eBPF program is in the socket's slot, and which one cannot be read back",)
+    return (LOCKED,) if operation.startswith("SO_") and errno == EPERM else ()
 
 
 def object_name(name: str) -> str:

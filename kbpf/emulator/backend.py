@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike, TraceStep
+from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike, TraceStep, refused_by_object
 from kbpf.emulator import maps, network, sockets, test_runs, trace
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
@@ -290,7 +290,7 @@ class EmulatorBackend:
         map_type: str = "",
         socket: SocketLike | None = None,
     ) -> tuple[str, ...]:
-        return ()
+        return refused_by_object(operation, errno)
 
 
 @cache

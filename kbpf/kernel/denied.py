@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import errno as errnos
 
-from kbpf.backend import SocketLike
+from kbpf.backend import LOCKED, SocketLike, refused_by_object
 from kbpf.kernel import probes
 from kbpf.kernel.sockets import socket_option
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
-
-_LOCKED = "the socket's filter is locked (SO_LOCK_FILTER): nobody can change or detach it, and nothing unlocks it"
 
 # Commands that need a capability whatever they work on (kernel/bpf/syscall.c).
 _ADMIN_COMMANDS = frozenset(
@@ -28,17 +26,6 @@ _ADMIN_COMMANDS = frozenset(
         "btf_get_fd_by_id",
         "link_get_fd_by_id",
         "enable_stats",
-    ]
-)
-_READS = frozenset(["map_lookup_elem", "map_get_next_key", "map_lookup_batch"])
-_WRITES = frozenset(
-    [
-        "map_update_elem",
-        "map_delete_elem",
-        "map_lookup_and_delete_elem",
-        "map_update_batch",
-        "map_delete_batch",
-        "map_lookup_and_delete_batch",
     ]
 )
 
@@ -62,13 +49,7 @@ def explain_denied(
         return _blocked(blocked)
     if operation in ("obj_get", "obj_pin"):
         return _pin(operation, errno)
-    if operation in _READS:
-        return ("the map may not be read from user space (BPF_F_WRONLY, or opened write-only)",)
-    if operation in _WRITES:
-        return ("the map is frozen or read-only for user space (BPF_F_RDONLY, or opened read-only)",)
-    if operation == "map_freeze":
-        return ("the map is frozen already, or read-only for user space (BPF_F_RDONLY)",)
-    return _capabilities(operation, program_type, map_type)
+    return refused_by_object(operation, errno) or _capabilities(operation, program_type, map_type)
 
 
 def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str, ...]:
@@ -131,18 +112,14 @@ def _pin(operation: str, errno: int) -> tuple[str, ...]:
 
 
 def _socket_option(operation: str, errno: int, socket: SocketLike | None) -> tuple[str, ...]:
-    if operation == "SO_GET_FILTER":
-        return ("an eBPF program is in the socket's slot, and which one cannot be read back",)
-    if errno != errnos.EPERM:
-        return ()
-    if operation != "SO_ATTACH_FILTER":
-        return (_LOCKED,)
+    if operation != "SO_ATTACH_FILTER" or errno != errnos.EPERM:
+        return refused_by_object(operation, errno)
     tcp = _capability_in_namespace("CAP_NET_ADMIN", "a classic filter on a TCP socket")
     if socket is not None:
-        return (_LOCKED,) if _is_locked(socket) else tcp
+        return (LOCKED,) if _is_locked(socket) else tcp
     if "CAP_NET_ADMIN" in probes.privileges().effective:
-        return (_LOCKED,)
-    return *tcp, "on other sockets: " + _LOCKED
+        return (LOCKED,)
+    return *tcp, "on other sockets: " + LOCKED
 
 
 def _is_locked(socket: SocketLike) -> bool:

@@ -276,3 +276,12 @@ def test_an_ipv6_socket_gets_ipv4_and_the_filter_knows():
 def test_a_packet_socket_of_no_kind_is_refused(wrong, backend):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         kbpf.packet_socket("lo", backend=backend, **wrong)
+
+
+def test_a_locked_filter_says_so(backend):
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other, kbpf.attach(one, "len > 3", backend=backend) as link:
+        link.lock()
+        for change in (lambda: link.replace("len > 4"), link.detach):
+            with pytest.raises(kbpf.PermissionDeniedError, match="SO_LOCK_FILTER"):
+                change()

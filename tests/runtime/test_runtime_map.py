@@ -248,3 +248,12 @@ def test_a_map_is_found_by_a_name_that_was_cut(backend):
     spec = kbpf.MapSpec(type="array", key_size=4, value_size=4, max_entries=1, name="kbpf_test_a_long_name")
     with kbpf.Map.create(spec, backend) as map, kbpf.Map.open(name=spec.name, backend=backend) as found:
         assert found.id == map.id
+
+
+def test_a_refusal_says_why(backend):
+    with kbpf.Map.create(typed(flags=16), backend=backend) as map:
+        with pytest.raises(kbpf.PermissionDeniedError, match="may not be read"):
+            map[1]
+        map.freeze()
+        with pytest.raises(kbpf.PermissionDeniedError, match="frozen"):
+            map[1] = 1
