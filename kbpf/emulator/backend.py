@@ -57,6 +57,10 @@ class EmulatorBackend:
 
     # Descriptors.
 
+    def is_open(self, fd: int) -> bool:
+        """Whether this is a descriptor of the emulator's."""
+        return fd in self._handles
+
     def program(self, fd: int) -> Program:
         """The program behind a descriptor; EBADF or EINVAL."""
         found = self._handle(fd)

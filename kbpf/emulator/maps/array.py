@@ -78,7 +78,8 @@ class Array(Map):
         end = min(start + count, self.max_entries)
         keys = [index.to_bytes(4, sys.byteorder) for index in range(start, end)]
         values = [self.read(key) for key in keys]
-        return keys, values, keys[-1] if keys and end < self.max_entries else token if not count else None
+        # As in Linux, a chunk that ends with the map does not say so if it is full.
+        return keys, values, (keys[-1] if keys else token) if len(keys) == count else None
 
     def _place(self, key: bytes, flags: int) -> int:
         """Where the element lies that an update may change."""

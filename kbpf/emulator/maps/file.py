@@ -96,6 +96,9 @@ class MapFile:
         return self.map.memory(offset, size, writable)
 
     def freeze(self) -> None:
+        if self.map.special:
+            # Programs would no longer be able to use those fields.
+            raise refused(ENOTSUPP)
         self._check_writable()
         self.map.frozen = True
 

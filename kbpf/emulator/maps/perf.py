@@ -84,7 +84,10 @@ class PerfEventArray(DescriptorArray):
         self._put_by: dict[int, object] = {}
 
     def resolve(self, descriptor: int) -> PerfBuffer:
-        return self.descriptors.perf_buffer_of(descriptor)
+        try:
+            return self.descriptors.perf_buffer_of(descriptor)
+        except OSError:
+            raise refused(errno.EBADF) from None
 
     def put_through(self, file: object, key: bytes) -> None:
         self._put_by[number(key)] = file

@@ -203,7 +203,8 @@ class XskMap(RedirectMap):
             raise refused(errno.EINVAL)
         if number(key) >= self.max_entries:
             raise refused(errno.E2BIG)
-        if not stat.S_ISSOCK(os.fstat(number(value)).st_mode):
+        descriptor = number(value)
+        if self.descriptors.is_open(descriptor) or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             raise refused(errno.ENOTSOCK)
         raise OSError(errno.EOPNOTSUPP, "the emulator has no AF_XDP sockets")
 

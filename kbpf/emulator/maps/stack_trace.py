@@ -43,5 +43,8 @@ class StackTrace(Map):
         ids = 1 << (self.max_entries - 1).bit_length()
         raise refused(errno.E2BIG if int.from_bytes(key, sys.byteorder) >= ids else errno.ENOENT)
 
+    def take(self, key: bytes) -> bytes:
+        raise refused(errno.ENOENT)
+
     def following(self, key: bytes | None) -> bytes:
         raise refused(errno.ENOENT)
