@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kbpf.emulator.routes import Device, Route
+
 
 def _possible_cpus() -> int:
     """Processors that Linux makes room for, which may be more than are there."""
@@ -69,8 +71,10 @@ class Environment:
     route_realm: int = 0
     #: What a flow's hash is made by, of the packet from offset 0 on.
     flow_hash: Callable[[bytes], int] = zlib.crc32
-    #: Indices of the interfaces that a copy of a packet can be sent to.
-    interfaces: frozenset[int] = frozenset((1,))
+    #: Network devices by index, routes, and link addresses of neighbours by IP address.
+    interfaces: dict[int, Device] = field(default_factory=lambda: {1: Device(mtu=65536)})
+    routes: list[Route] = field(default_factory=list)
+    neighbours: dict[str, bytes] = field(default_factory=dict)
     #: Where bpf_trace_printk writes; None: nowhere.
     trace: Callable[[str], object] | None = None
 

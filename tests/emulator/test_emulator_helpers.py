@@ -80,8 +80,8 @@ def test_numbers_out_of_text(kernel: Side, emulator: Side, helper: str, base: in
 
 FORMATS = (
     b"plain", b"%d", b"%5d|", b"%-5d|", b"%05d|", b"%+d", b"% d", b"%i %u %x", b"%X", b"%ld %lu", b"%lld %llx", b"%%",
-    b"%c", b"%o", b"%", b"%q", b"%d %d %d", b"%d %d %d %d", b"%-08x|", b"%lX", b"\xff", b"\x01", b"\x7f", b"%\xff", b"\xc3\xa9%d",
-    b"tab\t%d\n", b"%#x", b"%hd",
+    b"%c", b"%o", b"%", b"%q", b"%d %d %d", b"%d %d %d %d", b"%-08x|", b"%lX", b"\xff", b"\x01", b"\x7f", b"%\xff",
+    b"\xc3\xa9%d", b"tab\t%d\n", b"%#x", b"%hd",
     b"%l", b"% u|%+u|%+x",
 )  # fmt: skip
 
