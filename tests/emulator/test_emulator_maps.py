@@ -81,6 +81,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "stack": KEYLESS,
     "bloom_filter": KEYLESS,
     "ringbuf": {"max_entries": 4096},
+    "user_ringbuf": {"max_entries": 4096},
     "perf_event_array": DESCRIPTORS,
     "devmap": DESCRIPTORS,
     "devmap_hash": DESCRIPTORS,

@@ -56,6 +56,7 @@ SPECS = {
     "stack": MapSpec(type="stack", value_size=8, max_entries=3),
     "bloom_filter": MapSpec(type="bloom_filter", value_size=8, max_entries=3, flags=uapi.BPF_F_ZERO_SEED),
     "ringbuf": MapSpec(type="ringbuf", max_entries=4096),
+    "user_ringbuf": MapSpec(type="user_ringbuf", max_entries=4096),
     "stack_trace": MapSpec(type="stack_trace", **HASHED),
     **{type: MapSpec(type=type, key_size=4, value_size=4, max_entries=3) for type in (
         "prog_array", "perf_event_array", "devmap", "devmap_hash", "cpumap", "xskmap"

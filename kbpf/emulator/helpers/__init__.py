@@ -14,6 +14,7 @@ from kbpf.emulator.checks import invalid
 from kbpf.emulator.helpers import (
     callbacks,
     checksum,
+    dynptr,
     locks,
     maps,
     output,
@@ -25,6 +26,7 @@ from kbpf.emulator.helpers import (
     skb,
     system,
     text,
+    tunnel,
     xdp,
 )
 from kbpf.emulator.helpers.allowed import ALLOWED as ALLOWED
@@ -42,6 +44,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
     HELPERS[name]: function
     for table in (
         callbacks.HELPERS,
+        dynptr.HELPERS,
         locks.HELPERS,
         maps.HELPERS,
         output.HELPERS,
@@ -54,6 +57,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
         skb.HELPERS,
         system.HELPERS,
         text.HELPERS,
+        tunnel.HELPERS,
     )
     for name, function in table.items()
 }

@@ -15,7 +15,7 @@ from kbpf.uapi import constants as uapi
 _PERF_FLAGS = uapi.BPF_F_INDEX_MASK | uapi.BPF_F_CTXLEN_MASK
 
 
-def _ring(run: Run, address: int) -> RingBuffer:
+def ring_at(run: Run, address: int) -> RingBuffer:
     found = map_at(run, address)
     if not isinstance(found, RingBuffer):
         raise EmulationFault(f"a {found.type} map is no ring buffer")
@@ -23,7 +23,7 @@ def _ring(run: Run, address: int) -> RingBuffer:
 
 
 def ringbuf_output(run: Run, ring: int, data: int, size: int, flags: int, _: int) -> int:
-    found = _ring(run, ring)
+    found = ring_at(run, ring)
     try:
         found.output(run.read(data, size), flags)
     except OSError as error:
@@ -32,7 +32,7 @@ def ringbuf_output(run: Run, ring: int, data: int, size: int, flags: int, _: int
 
 
 def ringbuf_reserve(run: Run, ring: int, size: int, flags: int, *_: int) -> int:
-    found = _ring(run, ring)
+    found = ring_at(run, ring)
     record = None if flags else found.reserve(size)
     if record is None:
         return 0
@@ -41,14 +41,15 @@ def ringbuf_reserve(run: Run, ring: int, size: int, flags: int, *_: int) -> int:
 
 
 def ringbuf_submit(run: Run, address: int, *_: int) -> int:
-    return _commit(run, address, False)
+    return commit_record(run, address, False)
 
 
 def ringbuf_discard(run: Run, address: int, *_: int) -> int:
-    return _commit(run, address, True)
+    return commit_record(run, address, True)
 
 
-def _commit(run: Run, address: int, discard: bool) -> int:
+def commit_record(run: Run, address: int, discard: bool) -> int:
+    """Submit or discard the record that a program has at an address."""
     record = run.owner(address)
     if not isinstance(record, Record):
         raise EmulationFault("this is no reserved record", address=address)
@@ -59,7 +60,7 @@ def _commit(run: Run, address: int, discard: bool) -> int:
 
 
 def ringbuf_query(run: Run, ring: int, what: int, *_: int) -> int:
-    return _ring(run, ring).query(what)
+    return ring_at(run, ring).query(what)
 
 
 def perf_event_output(run: Run, context: int, map: int, flags: int, data: int, size: int) -> int:

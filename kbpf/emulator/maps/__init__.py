@@ -16,7 +16,7 @@ from kbpf.emulator.maps.of_maps import ArrayOfMaps, HashOfMaps
 from kbpf.emulator.maps.perf import PerfEventArray
 from kbpf.emulator.maps.queue import Queue, Stack
 from kbpf.emulator.maps.redirect import CpuMap, DevMap, DevMapHash, XskMap
-from kbpf.emulator.maps.ringbuf import RingBuffer
+from kbpf.emulator.maps.ringbuf import RingBuffer, UserRingBuffer
 from kbpf.emulator.maps.stack_trace import StackTrace
 from kbpf.specs import MapSpec
 from kbpf.uapi.enums import MAP_TYPES
@@ -47,6 +47,7 @@ KINDS: dict[str, type[Map]] = {
         Stack,
         StackTrace,
         TaskStorage,
+        UserRingBuffer,
         XskMap,
     )
 }

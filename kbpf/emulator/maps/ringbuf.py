@@ -160,6 +160,43 @@ class RingBuffer(Ring):
             self._pending += _footprint(length & ~uapi.BPF_RINGBUF_DISCARD_BIT)
 
 
+class UserRingBuffer(Ring):
+    """From user space to programs, Linux 6.1: user space fills, bpf_user_ringbuf_drain reads."""
+
+    type = "user_ringbuf"
+
+    def may_map_writable(self, offset: int, size: int) -> bool:
+        return offset != _CONSUMER
+
+    def peek_record(self) -> tuple[int, int]:
+        """Position and length of the next record.
+
+        Raises ENODATA where there is none or it is not ready, EAGAIN for one that was discarded and is skipped, and
+        EINVAL or E2BIG for one that cannot be.
+        """
+        produced, consumed = self.produced, self.consumed
+        if produced % 8:
+            raise refused(errno.EINVAL)
+        if consumed >= produced:
+            raise refused(errno.ENODATA)
+        header, _ = _HEADER.unpack(self.data.read(consumed, _HEADER.size))
+        length = header & ~(uapi.BPF_RINGBUF_BUSY_BIT | uapi.BPF_RINGBUF_DISCARD_BIT)
+        if _footprint(length) > produced - consumed:
+            raise refused(errno.EINVAL)
+        if _footprint(length) > self.max_entries:
+            raise refused(errno.E2BIG)
+        if header & uapi.BPF_RINGBUF_DISCARD_BIT:
+            self.release(length)
+            raise refused(errno.EAGAIN)
+        if header & uapi.BPF_RINGBUF_BUSY_BIT:
+            raise refused(errno.ENODATA)
+        return consumed + uapi.BPF_RINGBUF_HDR_SZ, length
+
+    def release(self, length: int) -> None:
+        """Go past a record."""
+        self.consumed += _footprint(length)
+
+
 def _footprint(size: int) -> int:
     """Bytes that a record takes with its header."""
     return size + uapi.BPF_RINGBUF_HDR_SZ + 7 & ~7
