@@ -24,6 +24,10 @@ _OPERATORS = {
     "<<": "lsh",
     ">>": "rsh",
 }
+# What an operator's right side may begin with.
+_DIVISORS = (range(1, 1 << 32), "divisors begin with another number than 0, even in an index")
+_SHIFTS = (range(32), "shifts begin with a number up to 31, even in an index")
+_LIMITED = {"/": _DIVISORS, "%": _DIVISORS, "<<": _SHIFTS, ">>": _SHIFTS}
 # The relation a classic jump has, and whether its outcome is the opposite.
 _RELATIONS: dict[str, tuple[Relation, bool]] = {
     "=": ("eq", False),
@@ -95,7 +99,20 @@ def _value(lowering: Lowering, root: syntax.Arithmetic) -> tuple[Value, Conditio
                 values.append((pool.op(_OPERATORS[node.operator], left, right), there))
             except FilterError as error:
                 raise lowering.fail(str(error), node.position) from None
+            _check_right(lowering, node, node.right)
     return values[0]
+
+
+def _check_right(lowering: Lowering, node: syntax.Operation, right: syntax.Arithmetic) -> None:
+    """Refuse a right side as libpcap does: by the number that it begins with, even where that is an index."""
+    if node.operator not in _LIMITED:
+        return
+    first = right
+    while isinstance(first, (syntax.Operation, syntax.Accessor)):
+        first = first.left if isinstance(first, syntax.Operation) else first.offset
+    fits, what = _LIMITED[node.operator]
+    if isinstance(first, syntax.Constant) and first.value not in fits:
+        raise lowering.fail(f'{what}: "{node.operator}" is followed by {first.value}', node.position)
 
 
 def _bytes(

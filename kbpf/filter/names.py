@@ -80,17 +80,14 @@ class Names:
         return Port(found["sctp"], 132) if "sctp" in found else None
 
     def port_range(self, name: str) -> tuple[int, int, int | None] | None:
-        """``first-last``, each a name or number, or one of them alone."""
-        alone = self.port(name)
-        if alone is not None:
-            return alone.number, alone.number, alone.protocol
-        # A service's name may hold a hyphen itself: every way to split is tried.
-        for at in (match.start() for match in re.finditer("-", name)):
-            first, last = self.port(name[:at]), self.port(name[at + 1 :])
-            if first is not None and last is not None:
-                protocol = first.protocol if first.protocol == last.protocol else None
-                return first.number, last.number, protocol
-        return None
+        """``first-last``, each a number or a name without a hyphen, or one number."""
+        first, hyphen, last = name.partition("-")
+        if not hyphen and not name.isdecimal():
+            return None
+        ends = self.port(first), self.port(last if hyphen else first)
+        if ends[0] is None or ends[1] is None:
+            return None
+        return ends[0].number, ends[1].number, ends[0].protocol if ends[0].protocol == ends[1].protocol else None
 
     def protocol(self, name: str) -> int | None:
         """An IP protocol's number."""

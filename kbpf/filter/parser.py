@@ -67,7 +67,7 @@ class _Frame:
         "head",
         "id_first",
         "ids",
-        "negated",
+        "negations",
         "opener",
         "operators",
         "qualifiers",
@@ -93,7 +93,7 @@ class _Frame:
     def start(self) -> None:
         """Before an operand of and/or."""
         self.head: Qualifiers | None = None
-        self.negated = False
+        self.negations = 0
         self.values: list[_Arith] = []
         self.operators: list[Token] = []
         self.relation: tuple[Token, syntax.Arithmetic] | None = None
@@ -177,9 +177,9 @@ class _Parser:
             raise self._fail("a number, len, a protocol's bytes or a parenthesis")
         if kind == "not":
             self._advance()
-            frame.negated = not frame.negated
-            if frame.ids == _PLAIN_ID:
-                frame.ids = _NO_ID
+            frame.negations += 1
+            if frame.ids:
+                frame.ids = _ANY_ID
             return None
         if kind in _OPERANDS and frame.ids:
             if frame.qualifiers is None:
@@ -194,7 +194,7 @@ class _Parser:
         assert frame.head is not None
         if self.token.kind == "not":
             self._advance()
-            frame.negated = not frame.negated
+            frame.negations += 1
             return None
         if self.token.kind not in _OPERANDS:
             raise self._fail(_wanted(frame.head))
@@ -404,7 +404,7 @@ class _Parser:
             frame.qualifiers = None
             self._term(frame, syntax.Relation(token.kind, left, value.node, token.position), False)
             return True
-        alone = kind == ")" and not frame.chain and not frame.negated and frame.head is None and len(self.frames) > 1
+        alone = kind == ")" and not frame.chain and not frame.negations and frame.head is None and len(self.frames) > 1
         if alone:
             return False
         qualifiers = frame.head or (frame.qualifiers if frame.ids else None)
@@ -421,7 +421,7 @@ class _Parser:
             is_id = False
         if not frame.chain:
             frame.id_first = is_id
-        frame.chain.append(syntax.Not(node) if frame.negated else node)
+        frame.chain.append(syntax.Not(node) if frame.negations % 2 else node)
         frame.start()
 
     def _connect(self, frame: _Frame, connective: str) -> None:

@@ -34,8 +34,10 @@ def test_services_and_ranges(names: Names) -> None:
     assert names.port("old") == Port(5, 6)
     assert names.port("nosuch") is None
     assert names.port_range("53-http") == (53, 80, None)
-    assert names.port_range("boot-ps") == (67, 67, 17)
-    assert names.port_range("boot-ps-http") == (67, 80, None)
+    assert names.port_range("http-http") == (80, 80, 6)
+    # A range is split at its first hyphen, and a name alone is none.
+    assert names.port_range("boot-ps-http") is None
+    assert names.port_range("http") is None
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_services_and_ranges(names: Names) -> None:
     [
         ("port web", "tcp port 80"),
         ("port dns", "port 53"),
-        ("udp portrange dns-boot-ps", "udp portrange 53-67"),
+        ("udp portrange dns-67", "udp portrange 53-67"),
         ("ip proto ospf", "ip proto 89"),
         ("net office", "net 10.1.0.0/16"),
         ("net loop", "net 127.0.0.0/8"),

@@ -23,6 +23,8 @@ def same(left: str, right: str) -> bool:
     [
         ("port 80 or 443", "port 80 or port 443"),
         ("host 10.0.0.1 and not 10.0.0.2", "host 10.0.0.1 and not host 10.0.0.2"),
+        ("tcp port 80 or (not 443 and 22)", "tcp port 80 or (not tcp port 443 and tcp port 22)"),
+        ("host (not (10.0.0.1 or 10.0.0.2))", "not (host 10.0.0.1 or host 10.0.0.2)"),
         (
             "tcp dst port (80 or 443 or (8080 or 81))",
             "tcp dst port 80 or tcp dst port 443 or tcp dst port 8080 or tcp dst port 81",
@@ -58,7 +60,10 @@ def test_two_ways_to_say_the_same(short: str, long: str) -> None:
         ("foo", 0),
         ("80", 2),
         ("dst proto 17", 4),
-        ("host (not 1.2.3.4)", 10),
+        ("host ((not 1.2.3.4))", 11),
+        ("tcp port 80 and ((not not 90))", 28),
+        ("1 / ip[0] = 5", 2),
+        ("1 << ip[40] = 5", 2),
         ("(port 80", 8),
         ("port 80)", 7),
         ("ip[0", 4),
