@@ -87,7 +87,8 @@ class Run(Space):
     """
 
     __slots__ = (
-        "_context", "_packet", "base", "code", "frames", "held", "length", "lock", "resume", "state", "subject", "tail_calls"
+        "_context", "_packet", "base", "code", "frames", "held", "length", "lock", "resume", "state", "subject",
+        "tail_calls",
     )  # fmt: skip
 
     def __init__(

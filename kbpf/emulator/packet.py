@@ -14,6 +14,15 @@ NET_SKB_PAD = 64
 
 
 @dataclass(slots=True, kw_only=True)
+class Tunnel:
+    """The tunnel that a packet is to leave by: ``struct bpf_tunnel_key`` and flags as a program gave them, options."""
+
+    key: bytes
+    flags: int
+    options: bytes | None = None
+
+
+@dataclass(slots=True, kw_only=True)
 class Packet:
     """A packet on its way to a program.
 
@@ -73,6 +82,7 @@ class Packet:
     encapsulated: bool = False
     #: How many checksums behind one another are known to be right, less one; None: none is.
     csum_level: int | None = None
+    tunnel: Tunnel | None = None
     #: Where a program has redirected the packet, and copies that it sent: (interface index, flags), and the bytes.
     redirected: tuple[int, int] | None = None
     copies: list[tuple[int, int, bytes]] = field(default_factory=list)

@@ -23,7 +23,17 @@ class XdpBuff:
     the last of the first piece.
     """
 
-    __slots__ = ("data", "end", "fragments", "ingress_ifindex", "memory", "meta", "queue", "redirected", "redirected_by")
+    __slots__ = (
+        "data",
+        "end",
+        "fragments",
+        "ingress_ifindex",
+        "memory",
+        "meta",
+        "queue",
+        "redirected",
+        "redirected_by",
+    )
 
     def __init__(self, frame: bytes, *, metadata: int = 0, fragments: list[bytearray] | None = None) -> None:
         self.memory = bytearray(FRAME)

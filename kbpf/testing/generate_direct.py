@@ -157,6 +157,16 @@ class _Writer:
         return self.rng.choice((0, 1, 12, 14, 16, 24, self.rng.randrange(100), self.rng.randrange(200), 0xFFFF, -1))
 
 
+#: Helpers that put something onto the stack, of which a word is looked at.
+_FILLING = (
+    "skb_load_bytes",
+    "skb_load_bytes_relative",
+    "xdp_load_bytes",
+    "skb_get_tunnel_key",
+    "skb_get_tunnel_opt",
+)
+
+
 def _calls(name: str, *arguments: Callable[[_Writer], int] | str) -> Callable[[_Writer], Piece]:
     """A call; an argument is ``"context"``, ``"stack"`` with its size as the next one, or makes a number."""
 
@@ -173,6 +183,14 @@ def _calls(name: str, *arguments: Callable[[_Writer], int] | str) -> Callable[[_
                     Instruction(_MOV_X, register, ebpf.FP),
                     Instruction(_ADD, register, 0, 0, -rng.choice((40, 64))),
                 ]
+            elif argument == "tunnel":
+                size = rng.choice((44, 44, 44, 44, 42, 28, 40, 24, 12, 8))
+                out += [Instruction(_MOV_X, register, ebpf.FP), Instruction(_ADD, register, 0, 0, -64)]
+                # Mostly neither a flow label nor an extension.
+                if rng.random() < 0.8:
+                    out.append(Instruction(ebpf.ST | ebpf.MEM | ebpf.H, ebpf.FP, 0, 22 - 64))
+                if rng.random() < 0.8:
+                    out.append(Instruction(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, 24 - 64))
             elif argument == "words":
                 size = rng.choice((0, 4, 8, 16, 20, 40, 6, 7))
                 out += [
@@ -185,8 +203,8 @@ def _calls(name: str, *arguments: Callable[[_Writer], int] | str) -> Callable[[_
                 assert not isinstance(argument, str)
                 out.append(Instruction(_MOV, register, 0, 0, argument(writer)))
         out.append(Instruction(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS[name]))
-        if name in ("skb_load_bytes", "skb_load_bytes_relative", "xdp_load_bytes"):
-            out += [*_mix(0), Instruction(ebpf.LDX | ebpf.MEM | ebpf.DW, 0, ebpf.FP, -rng.choice((40, 64)))]
+        if name in _FILLING:
+            out += [*_mix(0), Instruction(ebpf.LDX | ebpf.MEM | ebpf.DW, 0, ebpf.FP, -rng.choice((24, 32, 40, 56, 64)))]
         return out
 
     return make
@@ -233,7 +251,7 @@ _ROOM_FLAGS = (
     uapi.BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
     0x400,
 )
-_STACK_OR_MIX = ("mix", _of(0, 0, 1, 0xFFFF, -1))
+_TUNNEL_FLAGS = (0, 0, 1, 2, 4, 8, 16, 31, 32)
 _CALLS: dict[str, Callable[[_Writer], Piece]] = {
     "skb_load_bytes": _calls("skb_load_bytes", "context", _offset, "stack", "size"),
     "skb_load_bytes_relative": _calls("skb_load_bytes_relative", "context", _offset, "stack", "size", _of(0, 1, 2)),
@@ -259,6 +277,10 @@ _CALLS: dict[str, Callable[[_Writer], Piece]] = {
     "set_hash_invalid": _calls("set_hash_invalid", "context"),
     "redirect": _calls("redirect", _of(1), _of(0, 1, 2, 4)),
     "redirect_peer": _calls("redirect_peer", _of(1), _of(0, 1)),
+    "skb_set_tunnel_key": _calls("skb_set_tunnel_key", "context", "tunnel", "size", _of(*_TUNNEL_FLAGS)),
+    "skb_get_tunnel_key": _calls("skb_get_tunnel_key", "context", "tunnel", "size", _of(0, 0, 1, 16, 17, 2)),
+    "skb_set_tunnel_opt": _calls("skb_set_tunnel_opt", "context", "stack", "size"),
+    "skb_get_tunnel_opt": _calls("skb_get_tunnel_opt", "context", "stack", "size"),
     "xdp_adjust_head": _calls("xdp_adjust_head", "context", _difference),
     "xdp_adjust_tail": _calls("xdp_adjust_tail", "context", _difference),
     "xdp_adjust_meta": _calls("xdp_adjust_meta", "context", _difference),

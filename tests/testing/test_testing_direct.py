@@ -41,3 +41,25 @@ def test_bytes_that_were_cut_off_come_back_before_a_new_header() -> None:
 def test_congestion_is_marked_behind_a_tag() -> None:
     ipv4 = bytes(12) + b"\x08\x00\x45\x01" + bytes(30)
     assert_same(program=_calling((18, 0xA888, 5), (18, 0, 0), (97,)), runs=[(ipv4, b"")], type="sched_act")
+
+
+@pytest.mark.parametrize("given", (0, 1, 2, 4, 8, 16, 31))
+def test_a_tunnels_key_comes_back_with_its_ends_exchanged(given: int) -> None:
+    key = [0x01020304, 0x05060708, 0x090A0B0C, 0x0D0E0F10, 0x11121314, 0x1516, 0x171819 if given & 1 else 0]
+    key += [0x21222324, 0x25262728, 0x292A2B2C, 0x2D2E2F30]
+    for asked in (0, 1, 16, 17):
+        for word in range(0, 44, 4):
+            program = [(0xBF, 6, 1, 0, 0), *((0x62, 10, 0, 4 * n - 48, value) for n, value in enumerate(key))]
+            for helper, flags in ((21, given), (20, asked)):
+                program += [
+                    (0xBF, 1, 6, 0, 0), (0xBF, 2, 10, 0, 0), (0x07, 2, 0, 0, -48), (0xB7, 3, 0, 0, 44),
+                    (0xB7, 4, 0, 0, flags), (0x85, 0, 0, 0, helper), (0x63, 6, 0, 48 if helper == 21 else 52, 0),
+                ]  # fmt: skip
+                if helper == 21 and asked != 16:
+                    # Options, too.
+                    program += [
+                        (0xBF, 1, 6, 0, 0), (0xBF, 2, 10, 0, 0), (0x07, 2, 0, 0, -48), (0xB7, 3, 0, 0, 8),
+                        (0x85, 0, 0, 0, 30), (0x63, 6, 0, 56, 0),
+                    ]  # fmt: skip
+            program += [(0x61, 0, 10, word - 48, 0), (0x95, 0, 0, 0, 0)]
+            assert_same(program=program, runs=[(_IPV6, bytes(192))], type="sched_cls")

@@ -85,6 +85,22 @@ def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -
     return len(out) + 1 if size else 0
 
 
+def probe_read_user_str(run: Run, to: int, size: int, address: int, *_: int) -> int:
+    """As `probe_read_kernel_str`, of the environment's user memory."""
+    size &= M32
+    run.check_writable(to, size)
+    out = bytearray()
+    while len(out) + 1 < size:
+        byte = environment.user_memory(address + len(out), 1)
+        if byte is None:
+            return _probe(run, to, size, None)
+        if byte == b"\0":
+            break
+        out += byte
+    run.write(to, (bytes(out) + b"\0")[:size])
+    return len(out) + 1 if size else 0
+
+
 def _send_signal(run: Run, number: int, *_: int) -> int:
     environment.signals.append(number & M32)
     return 0
@@ -110,6 +126,7 @@ HELPERS: dict[str, HelperFunction] = {
     "probe_read_kernel": probe_read_kernel,
     "probe_read_kernel_str": probe_read_kernel_str,
     "probe_read_user": probe_read_user,
+    "probe_read_user_str": probe_read_user_str,
     "send_signal": _send_signal,
     "send_signal_thread": _send_signal,
 }
