@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
+import weakref
+from mmap import PAGESIZE
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import Map, refused, round8
@@ -20,6 +22,7 @@ class Array(Map):
     type = "array"
     creation_flags = _FLAGS | uapi.BPF_F_MMAPABLE | uapi.BPF_F_INNER_MAP
     batches = frozenset({"lookup", "update"})
+    mappable = True
 
     def check_creation(self) -> None:
         if self.key_size != 4 or not self.value_size or not self.max_entries:
@@ -31,7 +34,12 @@ class Array(Map):
     def allocate(self) -> None:
         self._slot = round8(self.value_size)
         self._stride = self._slot * (self.cpus if self.per_cpu else 1)
-        self.values = self.region(self._stride * self.max_entries)
+        size = self._stride * self.max_entries
+        if self.flags & uapi.BPF_F_MMAPABLE:
+            size += -size % PAGESIZE
+        self.values = self.region(size)
+        #: What user space has mapped for writing.
+        self._mapped: list[weakref.ref[memoryview]] = []
 
     def find(self, key: bytes) -> int:
         index = int.from_bytes(key, sys.byteorder)
@@ -71,6 +79,20 @@ class Array(Map):
             raise refused(errno.ENOENT)
         return (index + 1).to_bytes(4, sys.byteorder)
 
+    def memory(self, offset: int, size: int, writable: bool) -> memoryview:
+        if not self.flags & uapi.BPF_F_MMAPABLE or offset % PAGESIZE or size <= 0:
+            raise refused(errno.EINVAL)
+        if offset + size > len(self.values.buffer):
+            raise refused(errno.EINVAL)
+        view = memoryview(self.values.buffer)[offset : offset + size]
+        if not writable:
+            return view.toreadonly()
+        self._mapped.append(weakref.ref(view))
+        return view
+
+    def is_mapped(self) -> bool:
+        return any(_is_open(mapped()) for mapped in self._mapped)
+
     def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
         start = 0 if token is None else (int.from_bytes(token, sys.byteorder) + 1) & 0xFFFFFFFF
         if start > self.max_entries:
@@ -95,12 +117,21 @@ class Array(Map):
         return index * self._stride
 
 
+def _is_open(view: memoryview | None) -> bool:
+    try:
+        return view is not None and view.nbytes > 0
+    except ValueError:
+        # Released.
+        return False
+
+
 class PerCpuArray(Array):
     """An array whose values have one slot for each possible processor."""
 
     type = "percpu_array"
     creation_flags = _FLAGS
     per_cpu = True
+    mappable = False
 
     def check_creation(self) -> None:
         super().check_creation()

@@ -70,6 +70,8 @@ class Map:
     batches: ClassVar[frozenset[str]] = frozenset()
     #: Queues and stacks have no keys.
     keyless: ClassVar[bool] = False
+    #: Types that mmap(2) takes.
+    mappable: ClassVar[bool] = False
 
     def __init__(self, spec: MapSpec, descriptors: Descriptors, inner: int | None = None) -> None:
         """`inner` is the descriptor of the template, for maps of maps."""
@@ -164,8 +166,12 @@ class Map:
         raise refused(errno.EINVAL)
 
     def memory(self, offset: int, size: int, writable: bool) -> memoryview:
-        """What mmap(2) gives of the map."""
-        raise refused(ENOTSUPP)
+        """What mmap(2) gives of a `mappable` map."""
+        raise NotImplementedError
+
+    def is_mapped(self) -> bool:
+        """Whether user space has mapped the map for writing."""
+        return False
 
     # What kinds of map need for that.
 

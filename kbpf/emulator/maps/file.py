@@ -91,14 +91,23 @@ class MapFile:
     def memory(self, offset: int, size: int, writable: bool) -> memoryview:
         if not self.readable or (writable and not self.writable):
             raise refused(errno.EACCES)
+        if not self.map.mappable:
+            raise refused(ENOTSUPP)
+        if not self.writable:
+            # Linux makes a private mapping of it, which maps do not take.
+            raise refused(errno.EINVAL)
         if writable and self.map.frozen:
             raise refused(errno.EPERM)
+        if writable and self.map.flags & uapi.BPF_F_RDONLY_PROG:
+            raise refused(errno.EACCES)
         return self.map.memory(offset, size, writable)
 
     def freeze(self) -> None:
         if self.map.special:
             # Programs would no longer be able to use those fields.
             raise refused(ENOTSUPP)
+        if self.map.is_mapped():
+            raise refused(errno.EBUSY)
         self._check_writable()
         self.map.frozen = True
 

@@ -36,6 +36,7 @@ class Ring(Map):
     """The memory that both kinds have. `max_entries` is the size of the data in bytes: a power of two of pages."""
 
     creation_flags = uapi.BPF_F_NUMA_NODE
+    mappable = True
 
     def check_creation(self) -> None:
         super().check_creation()
