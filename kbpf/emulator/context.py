@@ -40,6 +40,10 @@ _READ: dict[str, Callable[[Packet], int]] = {
     "tstamp": lambda packet: packet.tstamp,
     "tstamp_type": lambda packet: packet.tstamp_type,
     "hwtstamp": lambda packet: packet.hwtstamp,
+    "family": lambda packet: packet.socket.family,
+    # In network order, in the field's upper half.
+    "remote_port": lambda packet: socket.htons(packet.socket.remote_port) << 16,
+    "local_port": lambda packet: packet.socket.local_port,
     "data": lambda packet: PACKET_ADDRESS,
     "data_meta": lambda packet: PACKET_ADDRESS,
     "data_end": lambda packet: PACKET_ADDRESS + len(packet.buffer) - packet.offset,
@@ -49,13 +53,26 @@ _WRITE = {"mark": 4, "priority": 4, "tc_index": 2, "tc_classid": 2, "queue_mappi
 _ATTRIBUTE = {"queue_mapping": "queue"}
 #: Read whole or not at all.
 _WHOLE = ("data", "data_meta", "data_end", "tstamp", "tstamp_type", "hwtstamp")
+#: Addresses of the packet's socket: which of them, of which family.
+_ENDS = {
+    "remote_ip4": ("remote", socket.AF_INET),
+    "local_ip4": ("local", socket.AF_INET),
+    "remote_ip6": ("remote", socket.AF_INET6),
+    "local_ip6": ("local", socket.AF_INET6),
+}
+_END_AT = {
+    field.offset + 4 * word: (*_ENDS[name], 4 * word)
+    for name, field in _LAYOUT.fields.items()
+    if name in _ENDS
+    for word in range(field.count)
+}
 _FIELD_AT = {_LAYOUT.fields[name].offset: name for name in _READ}
 #: Bytes that the kernel keeps of a field, where they are fewer than the four that programs see.
 _KEPT = {
     name: size
     for size, names in {
         1: ("pkt_type",),
-        2: (
+        2: ("family", "local_port",
             "queue_mapping", "protocol", "vlan_tci", "vlan_proto", "tc_index", "gso_segs", "gso_size", "tc_classid",
         ),
     }.items()
@@ -76,9 +93,10 @@ class Access(NamedTuple):
 
 _DATA = frozenset(("data", "data_end"))
 _TRAFFIC_CONTROL = frozenset(("data_meta", "tc_classid", "tstamp", "tstamp_type", "wire_len", "hwtstamp"))
-_METADATA = frozenset(_READ) - _DATA - _TRAFFIC_CONTROL
+_SOCKET = frozenset(("family", "remote_port", "local_port"))
+_METADATA = frozenset(_READ) - _DATA - _TRAFFIC_CONTROL - _SOCKET
 _SCHED = Access(
-    frozenset(_READ),
+    frozenset(_READ) - _SOCKET,
     frozenset(_WRITE),
     direct=True,
     writes_packet=True,
@@ -90,7 +108,7 @@ ACCESS = {
     "sched_cls": _SCHED,
     "sched_act": _SCHED,
     "cgroup_skb": Access(
-        _METADATA | _DATA | {"tstamp", "hwtstamp"}, frozenset(("mark", "priority", "tstamp")), direct=True
+        _METADATA | _DATA | _SOCKET | {"tstamp", "hwtstamp"}, frozenset(("mark", "priority", "tstamp")), direct=True
     ),
     "lwt_in": _LWT,
     "lwt_out": _LWT,
@@ -120,6 +138,11 @@ class SkBuff:
             return None
         if _CB.offset <= offset and offset + size <= _CB_END:
             return int.from_bytes(self.cb[offset - _CB.offset : offset - _CB.offset + size], sys.byteorder)
+        if offset in _END_AT and size == 4 and "family" in self.access.read:
+            which, family, at = _END_AT[offset]
+            ends = self.packet.socket
+            address: bytes = getattr(ends, which) if ends.family == family else b""
+            return int.from_bytes(address[at : at + 4], sys.byteorder)
         name = _FIELD_AT.get(offset & ~3)
         if name is None or name not in self.access.read:
             return None

@@ -8,6 +8,7 @@ device is loopback. Repeated runs are over the same packet, as the last one left
 from __future__ import annotations
 
 import errno
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from kbpf.emulator.context import SkBuff
 from kbpf.emulator.ethernet import received_protocol
 from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
-from kbpf.emulator.packet import Packet
+from kbpf.emulator.packet import Packet, SocketEnds
 from kbpf.emulator.program import Program
 from kbpf.uapi.constants import (
     ARPHRD_LOOPBACK,
@@ -84,6 +85,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
         tstamp=fields["tstamp"],
         hwtstamp=fields["hwtstamp"],
         wire_len=fields["wire_len"],
+        socket=_socket(data, protocol),
     )
     buff = SkBuff(packet, program.type)
     cb = _LAYOUT.fields["cb"]
@@ -93,6 +95,13 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     if not with_header:
         out = bytes(ETH_HLEN) + out
     return RawRun(value, out, _encode(fields, buff) if context else b"", duration)
+
+
+def _socket(data: bytes, protocol: int) -> SocketEnds:
+    """The dummy socket of the packet, which has sent it, but no ports."""
+    if protocol == ETH_P_IP:
+        return SocketEnds(socket.AF_INET, data[26:30], data[30:34])
+    return SocketEnds(socket.AF_INET6, data[22:38], data[38:54]) if protocol == ETH_P_IPV6 else SocketEnds()
 
 
 def timed(repeat: int, once: Callable[[], int]) -> tuple[int, int]:

@@ -101,6 +101,23 @@ def test_each_field_may_be_written_or_not(kernel: Side, emulator: Side, type: st
                 assert run(emulator, type, program, FRAME, bytes(192)) == truth, name
 
 
+@pytest.mark.parametrize("ethertype", (0x0800, 0x86DD, 0x0806))
+def test_the_socket_of_a_cgroups_packet(kernel: Side, emulator: Side, ethertype: int) -> None:
+    data = bytes(12) + ethertype.to_bytes(2, "big") + bytes(range(1, 61))
+    for name, field in FIELDS.items():
+        if name == "family" or name.startswith(("remote_", "local_")):
+            for offset in range(field.offset, field.offset + field.size * field.count):
+                for opcode in (ebpf.B, ebpf.H, ebpf.W):
+                    program = [
+                        I(ebpf.LDX | ebpf.MEM | opcode, 2, 1, offset),
+                        I(ebpf.STX | ebpf.MEM | ebpf.W, 1, 2, FIELDS["cb"].offset),
+                        *returns(1),
+                    ]
+                    truth = run(kernel, "cgroup_skb", program, data, bytes(192))
+                    if not isinstance(truth, str):
+                        assert run(emulator, "cgroup_skb", program, data, bytes(192)) == truth, (name, offset)
+
+
 def test_repeated_runs_go_on_with_the_same_packet(kernel: Side, emulator: Side) -> None:
     push = [
         I(ebpf.ALU64 | ebpf.MOV, 2, 0, 0, 14),
