@@ -131,6 +131,10 @@ def ipv6(lowering: Lowering, members: list[Member], qualifiers: Qualifiers) -> C
     if carried is False:
         return False
     source, destination = (partial(_ipv6_at, lowering, offset) for offset in (8, 24))
+    if len(members) > 1 and qualifiers.direction in ("", "or") and not lowering.rejects:
+        # A packet may end within the destination: how much of it is read depends on the member.
+        first, rest = members[:1], members[1:]
+        return every(carried, some(source(first), destination(first), source(rest), destination(rest)))
     return every(carried, lowering.directed(qualifiers.direction, members, source, destination))
 
 
