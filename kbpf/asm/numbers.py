@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kbpf.errors import FilterError
-from kbpf.isa.cbpf import Instruction
+from kbpf.isa.cbpf import Instruction, check_fields
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -33,7 +33,6 @@ def _instruction(row: str, index: int) -> Instruction:
         code, jt, jf, k = (int(word, 0) for word in row.split())
     except ValueError:
         raise FilterError(f"instruction {index}: {row.strip()!r} is not four numbers") from None
-    for name, value, bits in (("code", code, 16), ("jt", jt, 8), ("jf", jf, 8), ("k", k, 32)):
-        if not 0 <= value < 1 << bits:
-            raise FilterError(f"instruction {index}: {name} {value} does not fit {bits} bits")
-    return Instruction(code, jt, jf, k)
+    instruction = Instruction(code, jt, jf, k)
+    check_fields(index, instruction)
+    return instruction

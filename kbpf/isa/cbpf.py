@@ -105,12 +105,17 @@ def encode(instructions: Iterable[Sequence[int]]) -> bytes:
     Raises `FilterError` where a field does not fit.
     """
     parts = []
-    for index, (code, jt, jf, k) in enumerate(instructions):
-        try:
-            parts.append(_SOCK_FILTER.pack(code, jt, jf, k))
-        except struct.error as error:
-            raise FilterError(f"instruction {index}: {error}") from None
+    for pc, instruction in enumerate(instructions):
+        check_fields(pc, instruction)
+        parts.append(_SOCK_FILTER.pack(*instruction))
     return b"".join(parts)
+
+
+def check_fields(pc: int, instruction: Sequence[int]) -> None:
+    """Raise `FilterError` where a field of instruction `pc` does not fit its bits."""
+    for name, bits, value in zip(("code", "jt", "jf", "k"), (16, 8, 8, 32), instruction, strict=True):
+        if not 0 <= value < 1 << bits:
+            raise FilterError(f"instruction {pc}: {name} {value} does not fit {bits} bits")
 
 
 def decode(data: bytes) -> tuple[Instruction, ...]:
@@ -135,7 +140,9 @@ def check(instructions: Sequence[Instruction], *, loops: bool = False) -> None:
     count = len(instructions)
     if not 1 <= count <= MAXINSNS:
         raise FilterError(f"a filter has 1 to {MAXINSNS} instructions, not {count}")
-    for pc, (code, jt, jf, k) in enumerate(instructions):
+    for pc, instruction in enumerate(instructions):
+        check_fields(pc, instruction)
+        code, jt, jf, k = instruction
         if code not in VALID_CODES:
             raise FilterError(f"instruction {pc}: invalid opcode {code:#06x}")
         if code in (ALU | DIV | K, ALU | MOD | K) and k == 0:

@@ -50,8 +50,17 @@ def attach(socket: Any, what: str | Filter | Program, drain: bool | None = None,
     return Link(carrier, socket, put(carrier, socket, what, drain))
 
 
-def put(backend: Backend, socket: Any, what: str | Filter | Program, drain: bool | None) -> Filter | Program:
-    """Compile if need be, and put it into the slot, draining where that is right."""
+def put(
+    backend: Backend,
+    socket: Any,
+    what: str | Filter | Program,
+    drain: bool | None,
+    known: Filter | Program | None = None,
+) -> Filter | Program:
+    """Compile if need be, and put it into the slot, draining where that is right.
+
+    `known` is what the caller has put there before: if it fails after the slot was changed, that is put back.
+    """
     with doing(backend, "ask the socket for its type", operation="getsockopt"):
         layout = backend.socket_layout(socket)
         drainable = backend.socket_drainable(socket)
@@ -71,7 +80,7 @@ def put(backend: Backend, socket: Any, what: str | Filter | Program, drain: bool
         if drain is False or not drainable:
             _put_one(backend, socket, what)
         else:
-            _put_drained(backend, socket, what)
+            _put_drained(backend, socket, what, known)
     except KbpfError:
         raise
     except OSError as error:
@@ -86,28 +95,36 @@ def _put_one(backend: Backend, socket: Any, what: Filter | Program) -> None:
         backend.socket_attach_bpf(socket, what.fileno())
 
 
-def _put_drained(backend: Backend, socket: Any, what: Filter | Program) -> None:
+def _put_drained(backend: Backend, socket: Any, what: Filter | Program, known: Filter | Program | None) -> None:
     """The filter itself first, so that a refusal changes nothing.
 
-    Then drop all, empty the queue, and the filter again.
+    Then drop all, empty the queue, and the filter again. `known` is what the caller put there before.
     """
+    before: Filter | Program | None = None
     try:
-        before = backend.socket_get_filter(socket)
+        before = _slot(backend, socket)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
-        before = b""  # Somebody's program, which cannot be read and so not be put back.
+        # A program cannot be read, and so be put back only where it is known.
+        before = known if isinstance(known, Program) and not known.closed else None
     _put_one(backend, socket, what)
     try:
         backend.socket_attach_filter(socket, _DROP_ALL)
         backend.socket_drain(socket)
         _put_one(backend, socket, what)
     except BaseException:
-        if before:
-            backend.socket_attach_filter(socket, before)
-        else:
+        if before is None:
             backend.socket_detach(socket)
+        else:
+            _put_one(backend, socket, before)
         raise
+
+
+def _slot(backend: Backend, socket: Any) -> Filter | None:
+    """The classic filter in the socket's slot; `OSError` EACCES where a program is."""
+    raw = backend.socket_get_filter(socket)
+    return Filter(cbpf.decode(raw)) if raw else None
 
 
 def backend_of(socket: Any, backend: str | None) -> Backend:

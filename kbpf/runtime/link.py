@@ -67,7 +67,7 @@ class Link:
         """
         from kbpf.runtime.attach import put
 
-        self.attached = put(self._backend, self.socket, new, drain)
+        self.attached = put(self._backend, self.socket, new, drain, self.attached)
 
     def lock(self) -> None:
         """SO_LOCK_FILTER (Linux 3.9): nobody can change or detach the filter any more, this process included."""

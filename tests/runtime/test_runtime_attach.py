@@ -285,3 +285,29 @@ def test_a_locked_filter_says_so(backend):
         for change in (lambda: link.replace("len > 4"), link.detach):
             with pytest.raises(kbpf.PermissionDeniedError, match="SO_LOCK_FILTER"):
                 change()
+
+
+@pytest.mark.requires("kernel")
+def test_an_interrupted_replacement_puts_the_program_back(udp, monkeypatch):
+    from kbpf.kernel.backend import KernelBackend
+
+    def interrupted(self, socket):
+        raise KeyboardInterrupt
+
+    receiver, send = udp
+    spec = kbpf.ProgramSpec(instructions=[(0xB7, 0, 0, 0, 9), (0x95, 0, 0, 0, 0)])
+    with kbpf.load_program(spec, backend="kernel") as program, program.attach(receiver) as link:
+        monkeypatch.setattr(KernelBackend, "socket_drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.replace(DROP)
+        send(b"abc")
+        assert received(receiver) == [b"a"]
+        assert link.attached is program
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [((6, 0, 0, -1), "k -1 does not fit 32 bits"), ((6, 300, 0, 0), "jt 300 does not fit 8 bits")]
+)
+def test_a_field_that_does_not_fit_is_named(udp, wrong, message):
+    with pytest.raises(kbpf.FilterError, match=message):
+        kbpf.attach(udp[0], kbpf.Filter([wrong]), backend="kernel")
