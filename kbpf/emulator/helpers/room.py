@@ -23,6 +23,8 @@ _IP_HEADER = {uapi.ETH_P_IP: 20, uapi.ETH_P_IPV6: 40}
 #: SKB_MAX_ALLOC on x86-64: four pages less what the kernel keeps in them.
 _MOST_DATA = 16064
 _MOST_ROOM = 0xFFF
+#: What no packet grows beyond here; the kernel's memory and its 16-bit header offsets end near it.
+_MOST_MEMORY = 1 << 17
 _ENCAP_L3 = uapi.BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | uapi.BPF_F_ADJ_ROOM_ENCAP_L3_IPV6
 _ENCAP_L4 = uapi.BPF_F_ADJ_ROOM_ENCAP_L4_GRE | uapi.BPF_F_ADJ_ROOM_ENCAP_L4_UDP
 _DECAP_L3 = uapi.BPF_F_ADJ_ROOM_DECAP_L3_IPV4 | uapi.BPF_F_ADJ_ROOM_DECAP_L3_IPV6
@@ -84,6 +86,8 @@ def skb_vlan_push(run: Run, skb: int, protocol: int, tci: int, *_: int) -> int:
     packet = run.packet
     # The protocol comes as it is stored.
     protocol = socket.ntohs(protocol & 0xFFFF)
+    if packet.length > _MOST_MEMORY:
+        return -errno.ENOMEM
     if packet.vlan_tci is not None:
         tag = packet.vlan_proto.to_bytes(2, "big") + packet.vlan_tci.to_bytes(2, "big")
         buffer = _insert(packet, _ADDRESSES, _TAG)
@@ -148,6 +152,8 @@ def skb_change_head(run: Run, skb: int, size: int, flags: int, *_: int) -> int:
     length = packet.length + size & M32
     if flags or (not packet.gso_size and length > _MOST_DATA) or length < packet.length:
         return -errno.EINVAL
+    if length > _MOST_MEMORY:
+        return -errno.ENOMEM
     packet.push(size)
     buffer = bytearray(packet.buffer)
     buffer[packet.offset : packet.offset + size] = bytes(size)

@@ -15,11 +15,13 @@ from kbpf.errors import EmulationFault
 #: A conversion (`bpf_bprintf_prepare`, kernel/bpf/helpers.c): flags and width, then size and kind.
 _CONVERSION = re.compile(
     rb"%(?:(?P<percent>%)|(?P<string>s|p[ku]s)|(?P<pointer>p[xK]?)(?![a-zA-Z0-9])|(?P<character>c)"
-    rb"|(?P<width>[0 +-]*\d*)(?P<size>l{0,2})(?P<kind>[diuxX]))"
+    rb"|(?P<flags>[0 +-]*)(?P<width>\d*)(?P<size>l{0,2})(?P<kind>[diuxX]))"
 )
 #: Arguments that bpf_trace_printk passes on, and the most that the others do.
 _FEW, _MOST = 3, 12
 _SPACE = b"\t\n\v\f\r \xa0"
+#: FIELD_WIDTH_MAX (lib/vsprintf.c).
+_MOST_WIDTH = (1 << 23) - 1
 #: Digits of a number that are looked at.
 _MOST_TEXT = 63
 _BASES = (0, 8, 10, 16)
@@ -74,8 +76,9 @@ def _conversion(run: Run, match: re.Match[bytes], value: int) -> bytes:
     if match["kind"] in b"di" and value >> bits - 1:
         value -= 1 << bits
     kind = match["kind"].replace(b"u", b"d").replace(b"i", b"d")
-    flags = match["width"] if match["kind"] in b"di" else match["width"].replace(b"+", b"").replace(b" ", b"")
-    return (b"%" + flags + kind) % value
+    flags = match["flags"] if match["kind"] in b"di" else match["flags"].translate(None, b"+ ")
+    width = min(int(match["width"] or 0), _MOST_WIDTH)
+    return (b"%" + flags + (b"%d" % width if width else b"") + kind) % value
 
 
 def _format_at(run: Run, address: int, size: int) -> bytes:
