@@ -1,0 +1,61 @@
+"""No call of a helper with whatever in the registers crashes the process or reaches outside the regions."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from sides import FRAME
+
+from kbpf.backend import LoadRefused
+from kbpf.emulator import helpers, test_runs
+from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.program import Program
+from kbpf.errors import EmulationFault
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction, ld_imm64
+from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.uapi.enums import HELPERS
+
+I = Instruction  # noqa: E741
+PROGRAMS = 400
+#: These would end the run.
+LEFT_OUT = {HELPERS["tail_call"]}
+NUMBERS = (0, 1, 2, 4, 8, 14, 16, 64, 255, 512, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, -1, -8)
+
+
+def wild_calls(rng: Random, program_type: str, map_fd: int) -> list[Instruction]:
+    callable_ones = sorted(helpers.ALLOWED[program_type] & set(helpers.functions(program_type)) - LEFT_OUT)
+    out = [I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 6, 1)]
+    for _ in range(rng.randrange(1, 6)):
+        for register in range(1, 6):
+            kind = rng.random()
+            if kind < 0.3 or (register == 1 and kind < 0.6):
+                out.append(I(ebpf.ALU64 | ebpf.MOV | ebpf.X, register, 6))
+            elif kind < 0.6:
+                out.append(I(ebpf.ALU64 | ebpf.MOV | ebpf.X, register, 10))
+                out.append(I(ebpf.ALU64 | ebpf.ADD, register, 0, 0, -rng.choice((8, 64, 512, 600))))
+            elif kind < 0.7:
+                out += ld_imm64(register, map_fd, ebpf.PSEUDO_MAP_FD)
+            elif kind < 0.75:
+                out += ld_imm64(register, rng.getrandbits(64))
+            else:
+                out.append(I(ebpf.ALU64 | ebpf.MOV, register, 0, 0, rng.choice(NUMBERS)))
+        out.append(I(ebpf.JMP | ebpf.CALL, 0, 0, 0, rng.choice(callable_ones)))
+    return [*out, I(ebpf.JMP | ebpf.EXIT)]
+
+
+@pytest.mark.parametrize("program_type", helpers.ALLOWED)
+def test_wild_calls(program_type: str) -> None:
+    backend = EmulatorBackend()
+    map_fd = backend.map_create(MapSpec(type="array", key_size=4, value_size=8, max_entries=2))
+    context = b"" if program_type != "sk_lookup" else bytes(8) + b"\2" + bytes(63)
+    for number in range(PROGRAMS):
+        rng = Random(f"{program_type}/{number}")
+        try:
+            spec = ProgramSpec(type=program_type, instructions=tuple(wild_calls(rng, program_type, map_fd)))
+            program = Program(spec, [], backend.map, 3000)
+            test_runs.run(program, FRAME if program_type != "sk_lookup" else b"", context, 1)
+        except (EmulationFault, LoadRefused):
+            pass
+    backend.close(map_fd)
