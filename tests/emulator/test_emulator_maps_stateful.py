@@ -47,7 +47,8 @@ SPECS = {
     "hash": MapSpec(type="hash", **HASHED),
     "hash with a lock": locked("hash"),
     "hash without preallocation": MapSpec(type="hash", **{**HASHED, "key_size": 1}, flags=uapi.BPF_F_NO_PREALLOC),
-    "percpu_hash": MapSpec(type="percpu_hash", **{**HASHED, "value_size": 5}),
+    # Whole words: a program's new element keeps in the padding of other processors what its last user left there.
+    "percpu_hash": MapSpec(type="percpu_hash", **{**HASHED, "value_size": 16}),
     # Room for all keys: which one a full map drops is open.
     "lru_hash": MapSpec(type="lru_hash", **{**HASHED, "max_entries": 64}),
     "lru_percpu_hash": MapSpec(type="lru_percpu_hash", **{**HASHED, "max_entries": 64}),
