@@ -123,11 +123,11 @@ class Program(Resource):
         `data` is a whole frame with its Ethernet header: 14 to 3,712 bytes for programs over socket buffers, whose
         offset 0 is the byte after the header except for traffic control; up to 73,152 for XDP, with metadata before the
         frame where the context's ``data`` says so; up to 4,096 for flow dissectors, which give their keys as data; none
-        for socket lookups, which need a context. `context` sets fields of the program type's context by their uapi names (``{"mark":
-        7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``. Raises `BpfError` (EINVAL for
-        sizes and fields that may not be, ENODEV for an interface that is not there), `NotSupportedError` for
-        program types that cannot be run that way, and in the emulator `EmulationFault` for what a verifier would
-        have refused.
+        for socket lookups, which need a context. `context` sets fields of the program type's context by their uapi
+        names (``{"mark": 7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``. Raises
+        `BpfError` (EINVAL for sizes and fields that may not be, ENODEV for an interface that is not there),
+        `NotSupportedError` for program types that cannot be run that way, and in the emulator `EmulationFault` for
+        what a verifier would have refused.
         """
         name = _CONTEXTS.get(self.type)
         fields = dict(context or {})
