@@ -25,8 +25,8 @@ _OPERATORS = {
     ">>": "rsh",
 }
 # What an operator's right side may begin with.
-_DIVISORS = (range(1, 1 << 32), "divisors begin with another number than 0, even in an index")
-_SHIFTS = (range(32), "shifts begin with a number up to 31, even in an index")
+_DIVISORS = (range(1, 1 << 32), "division by zero")
+_SHIFTS = (range(32), "shift by more than 31 bits")
 _LIMITED = {"/": _DIVISORS, "%": _DIVISORS, "<<": _SHIFTS, ">>": _SHIFTS}
 # The relation a classic jump has, and whether its outcome is the opposite.
 _RELATIONS: dict[str, tuple[Relation, bool]] = {
@@ -112,7 +112,8 @@ def _check_right(lowering: Lowering, node: syntax.Operation, right: syntax.Arith
         first = first.left if isinstance(first, syntax.Operation) else first.offset
     fits, what = _LIMITED[node.operator]
     if isinstance(first, syntax.Constant) and first.value not in fits:
-        raise lowering.fail(f'{what}: "{node.operator}" is followed by {first.value}', node.position)
+        index = "" if first is right else f' (what follows "{node.operator}" cannot begin with {first.value})'
+        raise lowering.fail(what + index, node.position)
 
 
 def _bytes(

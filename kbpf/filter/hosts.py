@@ -217,10 +217,13 @@ def gateway(lowering: Lowering, term: syntax.Match) -> Condition:
 def _decnet(lowering: Lowering, term: syntax.Match) -> Condition:
     """DECnet data packets, with long or short headers and up to one byte of padding before them."""
     operand, headers = term.operand, lowering.headers
-    parts = operand.text.split(".") if isinstance(operand, syntax.Ipv4) and operand.prefix is None else []
-    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
-        raise lowering.fail("DECnet addresses have the form area.node", term.position)
-    area, node = map(int, parts)
+    if isinstance(operand, syntax.Number):
+        area, node = operand.value >> 10, operand.value & 1023
+    else:
+        parts = operand.text.split(".") if isinstance(operand, syntax.Ipv4) and operand.prefix is None else []
+        if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
+            raise lowering.fail("DECnet addresses have the form area.node", term.position)
+        area, node = map(int, parts)
     if area > 63 or node > 1023:
         raise lowering.fail("DECnet areas end at 63 and nodes at 1023", term.position)
     if term.qualifiers.type == "net":

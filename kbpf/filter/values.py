@@ -257,10 +257,10 @@ class Pool:
         if right.kind == "const":
             if kind in ("div", "mod") and right.k == 0:
                 raise FilterError("division by zero" if kind == "div" else "modulus by zero")
-            if kind in ("lsh", "rsh") and right.k > 31:
-                raise FilterError("shift by more than 31 bits")
             if left.kind == "const":
                 return self.const(_fold(kind, left.k, right.k))
+            if kind in ("lsh", "rsh") and right.k > 31:
+                raise FilterError("shift by more than 31 bits")
             if right.k == _NEUTRAL.get(kind) or (kind == "and" and left.top & right.k == left.top == _ones(left.top)):
                 return left
             if kind == "and" and left.kind == "and" and left.right is not None and left.right.kind == "const":
@@ -342,6 +342,8 @@ def _fold(kind: str, left: int, right: int) -> int:
         return left | right
     if kind == "xor":
         return left ^ right
+    if right > 31:
+        return 0
     return left << right if kind == "lsh" else left >> right
 
 
