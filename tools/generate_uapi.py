@@ -206,9 +206,7 @@ def _struct(name: str, source: btf.Btf, record: btf.Record) -> str:
     return "".join([*lines, "    }),\n"])
 
 
-def _fields(
-    source: btf.Btf, record: btf.Record, base: int, prefix: str
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _fields(source: btf.Btf, record: btf.Record, base: int, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Fields with absolute offsets; inner structures are flattened."""
     for member in record.items:
         inner = source.strip(member.type)

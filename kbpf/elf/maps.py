@@ -23,10 +23,26 @@ from kbpf.uapi.enums import MAP_TYPES
 _TYPE_NAMES = {number: name for name, number in MAP_TYPES.items()}
 
 #: Map types whose keys and values the kernel lets nobody describe: BPF_MAP_CREATE with type ids fails there.
-WITHOUT_BTF = frozenset({
-    "perf_event_array", "cgroup_array", "stack_trace", "array_of_maps", "hash_of_maps", "devmap", "devmap_hash",
-    "sockmap", "sockhash", "cpumap", "xskmap", "queue", "stack", "ringbuf", "user_ringbuf", "arena",
-})
+WITHOUT_BTF = frozenset(
+    {
+        "perf_event_array",
+        "cgroup_array",
+        "stack_trace",
+        "array_of_maps",
+        "hash_of_maps",
+        "devmap",
+        "devmap_hash",
+        "sockmap",
+        "sockhash",
+        "cpumap",
+        "xskmap",
+        "queue",
+        "stack",
+        "ringbuf",
+        "user_ringbuf",
+        "arena",
+    }
+)
 
 #: Members of a map's definition that are numbers, and the fields of MapSpec that they set.
 _NUMBERS = {

@@ -36,8 +36,7 @@ _CGROUP_UNIX = {
     for call in ("connect", "sendmsg", "recvmsg", "getpeername", "getsockname")
 }
 _PROBES = {
-    name: Kind("kprobe")
-    for name in ("kprobe", "kretprobe", "uprobe", "uretprobe", "ksyscall", "kretsyscall", "usdt")
+    name: Kind("kprobe") for name in ("kprobe", "kretprobe", "uprobe", "uretprobe", "ksyscall", "kretsyscall", "usdt")
 } | {name: Kind("kprobe", flags=BPF_F_SLEEPABLE) for name in ("uprobe.s", "uretprobe.s")}
 _MULTI = {
     name + suffix: Kind("kprobe", attach, BPF_F_SLEEPABLE if suffix else 0)

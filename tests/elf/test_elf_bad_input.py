@@ -268,9 +268,7 @@ class TestDamage:
         for _ in range(300):
             data = bytearray(original)
             for _ in range(rng.randrange(1, 4)):
-                place = rng.choice(
-                    (rng.randrange(64), rng.randrange(headers, len(data)), btf + rng.randrange(600))
-                )
+                place = rng.choice((rng.randrange(64), rng.randrange(headers, len(data)), btf + rng.randrange(600)))
                 data[place] = rng.choice((0, 0xFF, rng.randrange(256)))
             self.survive(bytes(data))
 
