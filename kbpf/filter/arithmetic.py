@@ -133,7 +133,8 @@ def _bytes(
             # The header is at hand, whatever the version of IP.
             conditions.append(lowering.protocol(protocol))
         else:
-            conditions.append(headers.carries(IP))
+            # The index's own protocols are asked for in between, as libpcap does: a packet may end before them.
+            conditions.insert(0, headers.carries(IP))
             conditions.append(lowering.protocol(protocol))
             conditions.append(lowering.first_fragment())
         at = headers.transport(4)

@@ -261,7 +261,16 @@ class _Emitter:
         """`left` into A and `right` into X."""
         if self._cheap_x(code, right):
             self._into_a(code, left)
-            self._into_x(code, right)
+            if self._cheap_x(code, right):
+                self._into_x(code, right)
+                return
+            # It was in X, or in a scratch word, and the left side took its place.
+            slot = self._scratch()
+            code.add(stmt(cbpf.ST, slot), reads_a=True)
+            self._into_a(code, right)
+            code.add(stmt(cbpf.MISC | cbpf.TAX), x=right, reads_a=True)
+            code.add(stmt(cbpf.LD | cbpf.MEM, slot), a=left, internal=True)
+            self.busy -= 1
         elif not left.uses_x:
             self._into_x(code, right)
             self._into_a(code, left)

@@ -131,6 +131,11 @@ FOUND = [
     "link[0] + ip[0] = 1",
     "ip[2:2] - tcp[12] > 40 or ip6",
     "ip[1 + tcp[0]] = 0",
+    # X holds one side when the other side, which needs X, is computed.
+    "len != ip[0] and tcp[0] = ip[0]",
+    "31 * icmp6[0] != ip[0] and tcp[0] = ip[0]",
+    # A packet may end before the protocol of an index.
+    "not igmp[atalk[0] & 12:4] > 13",
     # Lists of operands after a connective or qualifiers may begin with a negation.
     "host (not 10.0.0.1)",
     "tcp port 80 or (not 443 and 22)",
