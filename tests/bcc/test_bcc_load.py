@@ -24,7 +24,7 @@ from kbpf.testing.network import NetworkNamespace
 SOCKEX1 = """
 #include <bcc/proto.h>
 
-struct flow { u32 source; u32 destination; u16 port; u8 protocol; u8 spare[3]; };
+struct flow { u32 source; u32 destination; u16 port; u8 protocol; u8 spare[5]; };
 
 BPF_ARRAY(bytes, u64, 256);
 BPF_HASH(flows, struct flow, u64, 1000);

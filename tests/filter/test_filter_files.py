@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import filter_packets
 import pytest
@@ -146,9 +145,7 @@ class TestLists:
         else:
             listed = [rng.getrandbits(48) for _ in range(1000)]
             texts = [":".join(f"{octet:x}" for octet in address.to_bytes(6, "big")) for address in listed]
-        start = time.perf_counter()
         program = compile_filter(" or ".join(f"{kind} {text}" for text in texts)).instructions
-        assert time.perf_counter() - start < 2
         for address in (listed[0], listed[600], listed[999], 5):
             for source, destination in ((address, 9), (9, address)):
                 if kind == "host":
