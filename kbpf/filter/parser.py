@@ -32,7 +32,7 @@ _FOREIGN = {"pflog": "PFLOG", "atm": "ATM", "ss7": "SS7"}
 #: Deepest nesting of parentheses, brackets and pending operators; libpcap's parser ends at 10,000 symbols.
 MAX_DEPTH = 20_000
 #: Most tokens of an expression.
-MAX_TOKENS = 250_000
+MAX_TOKENS = 150_000
 
 # What an operand may be: nothing but arithmetic, one name or number that takes the qualifiers before it, or any `id` of
 # the grammar, which may be negated or parenthesised.
