@@ -40,30 +40,30 @@ class Libpcap:
     """libpcap's compiler and its machine."""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL("libpcap.so.0.8")
-        self.library.pcap_open_dead.restype = ctypes.c_void_p
-        self.library.pcap_geterr.restype = ctypes.c_char_p
-        self.library.pcap_geterr.argtypes = [ctypes.c_void_p]
-        self.library.bpf_filter.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
-        self.handles = {dlt: ctypes.c_void_p(self.library.pcap_open_dead(dlt, 262144)) for dlt in DLTS}
+        self.libpcap = ctypes.CDLL("libpcap.so.0.8")
+        self.libpcap.pcap_open_dead.restype = ctypes.c_void_p
+        self.libpcap.pcap_geterr.restype = ctypes.c_char_p
+        self.libpcap.pcap_geterr.argtypes = [ctypes.c_void_p]
+        self.libpcap.bpf_filter.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+        self.handles = {dlt: ctypes.c_void_p(self.libpcap.pcap_open_dead(dlt, 262144)) for dlt in DLTS}
 
     def close(self) -> None:
         for handle in self.handles.values():
-            self.library.pcap_close(handle)
+            self.libpcap.pcap_close(handle)
 
     def compile(self, expression: str, dlt: int, optimize: bool) -> tuple[bytes | None, str]:
         """The instructions' bytes, or None and what is wrong."""
         program, handle = _Program(), self.handles[dlt]
         mask = ctypes.c_uint(0xFFFFFFFF)
         text = expression.encode()
-        if self.library.pcap_compile(handle, ctypes.byref(program), text, int(optimize), mask) != 0:
-            return None, self.library.pcap_geterr(handle).decode()
+        if self.libpcap.pcap_compile(handle, ctypes.byref(program), text, int(optimize), mask) != 0:
+            return None, self.libpcap.pcap_geterr(handle).decode()
         code = ctypes.string_at(program.instructions, 8 * program.length)
-        self.library.pcap_freecode(ctypes.byref(program))
+        self.libpcap.pcap_freecode(ctypes.byref(program))
         return code, ""
 
     def verdicts(self, code: bytes, packets: list[bytes]) -> list[bool]:
-        run = self.library.bpf_filter
+        run = self.libpcap.bpf_filter
         return [run(code, packet, len(packet), len(packet)) != 0 for packet in packets]
 
 
