@@ -212,10 +212,7 @@ class EmulatorBackend:
 
     def pin(self, fd: int, path: str) -> None:
         found = self._handle(fd)
-        if not path.startswith(PIN_ROOT) or path == PIN_ROOT:
-            raise refused(errno.EPERM)
-        if path in self._pins:
-            raise refused(errno.EEXIST)
+        self._check_pin(path)
         if isinstance(found, MapFile):
             found.map.users += 1
             self._pins[path] = found.map
@@ -223,6 +220,20 @@ class EmulatorBackend:
             self._pins[path] = found
         else:
             raise refused(errno.EINVAL)
+
+    def _check_pin(self, path: str) -> None:
+        """What bpffs refuses of a new name. In the emulator's every folder is taken to be there."""
+        name = path.rpartition("/")[2]
+        if not path:
+            raise refused(errno.ENOENT)
+        if path in (PIN_ROOT, PIN_ROOT.rstrip("/")) or path in self._pins:
+            raise refused(errno.EEXIST)
+        if not path.startswith(PIN_ROOT):
+            raise refused(errno.EPERM)
+        if len(name.encode()) > 255:
+            raise refused(errno.ENAMETOOLONG)
+        if "." in name:
+            raise refused(errno.EPERM)
 
     def unpin(self, path: str) -> None:
         """What unlink(2) does on the BPF file system."""

@@ -257,3 +257,20 @@ def test_a_refusal_says_why(backend):
         map.freeze()
         with pytest.raises(kbpf.PermissionDeniedError, match="frozen"):
             map[1] = 1
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        ("", errno.ENOENT),
+        ("/sys/fs/bpf", errno.EEXIST),
+        ("/sys/fs/bpf/", errno.EEXIST),
+        ("/sys/fs/bpf/kbpf.map", errno.EPERM),
+        ("/sys/fs/bpf/" + "x" * 256, errno.ENAMETOOLONG),
+        ("/tmp/kbpf-map", errno.EPERM),
+    ],
+)
+def test_a_pin_under_a_name_that_cannot_be_is_refused(backend, path, number):
+    with kbpf.Map.create(typed(), backend=backend) as map, pytest.raises(kbpf.BpfError) as caught:
+        map.pin(path)
+    assert caught.value.errno == number
