@@ -168,13 +168,7 @@ Condition: TypeAlias = "Test | All | Any | Negation | Choice | bool"
 
 def every(*parts: Condition) -> Condition:
     """The conjunction, without parts that are surely true, cut at one that is surely false."""
-    kept: list[Condition] = []
-    for part in parts:
-        if part is True:
-            continue
-        kept.append(part)
-        if part is False:
-            break
+    kept = _kept(parts, neutral=True)
     if len(kept) < 2:
         return kept[0] if kept else True
     return False if kept[0] is False else All(tuple(kept))
@@ -182,16 +176,22 @@ def every(*parts: Condition) -> Condition:
 
 def some(*parts: Condition) -> Condition:
     """The disjunction, likewise."""
-    kept: list[Condition] = []
-    for part in parts:
-        if part is False:
-            continue
-        kept.append(part)
-        if part is True:
-            break
+    kept = _kept(parts, neutral=False)
     if len(kept) < 2:
         return kept[0] if kept else False
     return True if kept[0] is True else Any(tuple(kept))
+
+
+def _kept(parts: tuple[Condition, ...], neutral: bool) -> list[Condition]:
+    """The parts but for those that are `neutral`, up to one that decides."""
+    kept: list[Condition] = []
+    for part in parts:
+        if part is neutral:
+            continue
+        kept.append(part)
+        if isinstance(part, bool):
+            break
+    return kept
 
 
 def negated(part: Condition) -> Condition:
