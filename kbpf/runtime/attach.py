@@ -11,12 +11,12 @@ import sys
 from typing import Any, Literal
 
 from kbpf.backend import Backend
-from kbpf.errors import KbpfError
+from kbpf.errors import BpfError, KbpfError
 from kbpf.isa import cbpf
 from kbpf.runtime.backends import chosen, get_backend, select_for_socket
-from kbpf.runtime.failures import doing
+from kbpf.runtime.failures import doing, translate
 from kbpf.runtime.filter import Filter
-from kbpf.runtime.link import Link, failed
+from kbpf.runtime.link import Link
 from kbpf.runtime.program import Program
 
 _DROP_ALL = cbpf.encode([cbpf.stmt(cbpf.RET | cbpf.K, 0)])
@@ -84,7 +84,7 @@ def put(
     except KbpfError:
         raise
     except OSError as error:
-        raise failed(error, backend, socket, what) from None
+        raise _failed(error, backend, socket, what) from None
     return what
 
 
@@ -100,7 +100,7 @@ def _put_drained(backend: Backend, socket: Any, what: Filter | Program, known: F
 
     Then drop all, empty the queue, and the filter again. `known` is what the caller put there before.
     """
-    before: Filter | Program | None = None
+    before: Filter | Program | None
     try:
         before = _slot(backend, socket)
     except OSError as error:
@@ -125,6 +125,13 @@ def _slot(backend: Backend, socket: Any) -> Filter | None:
     """The classic filter in the socket's slot; `OSError` EACCES where a program is."""
     raw = backend.socket_get_filter(socket)
     return Filter(cbpf.decode(raw)) if raw else None
+
+
+def _failed(error: OSError, backend: Backend, socket: Any, what: Filter | Program) -> BpfError:
+    """The exception for a refused attachment."""
+    operation = "SO_ATTACH_BPF" if isinstance(what, Program) else "SO_ATTACH_FILTER"
+    named = what.label if isinstance(what, Program) else f"a filter of {len(what)} instructions"
+    return translate(error, backend, f"attach {named} to the socket", operation=operation, socket=socket)
 
 
 def backend_of(socket: Any, backend: str | None) -> Backend:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kbpf.backend import Backend
 from kbpf.errors import BpfError
 from kbpf.isa import cbpf
-from kbpf.runtime.failures import doing, translate
+from kbpf.runtime.failures import doing
 from kbpf.runtime.filter import Filter
 from kbpf.runtime.program import Program
 
@@ -110,10 +110,3 @@ class Link:
     def __repr__(self) -> str:
         what = "detached" if self.attached is None else repr(self.attached)
         return f"<Link {what} on {self.socket!r}, {self.backend}>"
-
-
-def failed(error: OSError, backend: Backend, socket: Any, what: Filter | Program) -> BpfError:
-    """The exception for a refused attachment."""
-    operation = "SO_ATTACH_BPF" if isinstance(what, Program) else "SO_ATTACH_FILTER"
-    named = what.label if isinstance(what, Program) else f"a filter of {len(what)} instructions"
-    return translate(error, backend, f"attach {named} to the socket", operation=operation, socket=socket)
