@@ -139,7 +139,7 @@ class Run(Space):
         return self._context
 
     def fields(self, number: int) -> Fields | None:
-        return self.context if number == CONTEXT else None
+        return self.context if number == CONTEXT else super().fields(number)
 
     def show(self, buffer: MutableBuffer, writable: bool) -> None:
         """What programs reach of the packet from `PACKET_ADDRESS` on, which is offset 0 of packet loads."""

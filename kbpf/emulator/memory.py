@@ -34,9 +34,12 @@ UNSIGNED = {1: struct.Struct("=B"), 2: struct.Struct("=H"), 4: struct.Struct("=I
 
 
 class Region:
-    """Bytes that outlive a run, under a number of their own; or, without rights, a handle that programs pass on."""
+    """What outlives a run, under a number of its own.
 
-    __slots__ = ("__weakref__", "buffer", "number", "owner", "readable", "writable")
+    Bytes; or `fields`, where an object's structure is computed; or, without rights, a handle that programs pass on.
+    """
+
+    __slots__ = ("__weakref__", "buffer", "fields", "number", "owner", "readable", "writable")
 
     def __init__(
         self,
@@ -45,9 +48,11 @@ class Region:
         readable: bool = True,
         writable: bool = True,
         owner: weakref.ref[object] | None = None,
+        fields: Fields | None = None,
     ) -> None:
         self.number = next(_numbers)
         self.buffer = buffer
+        self.fields = fields
         self.readable = readable
         self.writable = writable
         self.owner = owner
@@ -63,7 +68,7 @@ REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
 
 
 class Fields(Protocol):
-    """A region that is computed rather than stored: a context, whose fields may be pointers."""
+    """A region that is computed rather than stored: a context, whose fields may be pointers, or a kernel object."""
 
     def load(self, offset: int, size: int) -> int | None:
         """The field as an unsigned number; None where such a load is not allowed."""
@@ -89,7 +94,8 @@ class Space:
 
     def fields(self, number: int) -> Fields | None:
         """The computed region with this number."""
-        return None
+        region = REGIONS.get(number)
+        return None if region is None else region.fields
 
     def load(self, address: int, size: int) -> int:
         """An unsigned number of 1, 2, 4 or 8 bytes."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kbpf.emulator import ethernet
+from kbpf.emulator.clock import run_due
 from kbpf.emulator.ethernet import Tag
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
@@ -349,5 +350,6 @@ def add_pair(first: str, second: str) -> tuple[EmulatedInterface, EmulatedInterf
 
 
 def settle() -> None:
-    """`Network.settle` on the current network."""
+    """`Network.settle` on the current network, and what is due by the clock."""
+    run_due()
     current().settle()
