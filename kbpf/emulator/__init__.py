@@ -7,7 +7,8 @@ the machine around the programs, as a test sets it; a `ManualClock` makes its ti
 
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
-from kbpf.emulator.network import EmulatedInterface, Network, add_interface, add_pair, current, inject, reset
+from kbpf.emulator.interface import EmulatedInterface
+from kbpf.emulator.network import Network, add_interface, add_pair, current, inject, reset
 
 __all__ = [
     "EmulatedInterface",

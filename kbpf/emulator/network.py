@@ -16,15 +16,15 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import threading
 import time
 import weakref
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kbpf.emulator import ethernet
 from kbpf.emulator.clock import run_due
+from kbpf.emulator.datapath import Datapath, Frame, ProtocolHandler, backlog
 from kbpf.emulator.ethernet import Tag
+from kbpf.emulator.interface import ETHERNET_MTU, LOOPBACK_MTU, EmulatedInterface
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
 from kbpf.emulator.slot import error
@@ -33,55 +33,19 @@ if TYPE_CHECKING:
     from kbpf.emulator.packetsocket import EmulatedPacketSocket
 
 CAPTURE_VARIABLE = "KBPF_EMULATED_CAPTURE"
-_LOOPBACK_MTU, _ETHERNET_MTU = 65536, 1500
 _NAME_SIZE = 15
-
-
-@dataclass(eq=False)
-class EmulatedInterface:
-    """A network device. `hatype` is ARPHRD_*: Ethernet (1) and loopback (772) have a link header, others have none."""
-
-    name: str
-    index: int
-    address: bytes
-    hatype: int = ethernet.ARPHRD_ETHER
-    mtu: int = _ETHERNET_MTU
-    #: The other end of a pair.
-    peer: EmulatedInterface | None = field(default=None, repr=False)
-    #: Frames still to come from a capture file; None: not fed by one.
-    feed: Replay | None = field(default=None, repr=False)
-    fed: bool = False
-
-    @property
-    def loopback(self) -> bool:
-        return self.hatype == ethernet.ARPHRD_LOOPBACK
-
-    @property
-    def header(self) -> int:
-        """Bytes of link header."""
-        return ethernet.HEADER if self.hatype in (ethernet.ARPHRD_ETHER, ethernet.ARPHRD_LOOPBACK) else 0
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A frame on its way, with what the kernel would know of it."""
-
-    data: bytes
-    wirelen: int
-    timestamp_ns: int
-    mark: int = 0
-    tag: Tag | None = None
 
 
 class Network:
     """Interfaces and the sockets on them. One lock serves all: delivery is a single order of events."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = backlog.lock
+        self.path = Datapath(self._listening)
         self._interfaces: dict[str, EmulatedInterface] = {}
         self._indices = itertools.count(1)
         self._sockets: weakref.WeakSet[EmulatedPacketSocket] = weakref.WeakSet()
-        self.add_interface("lo", address=bytes(6), hatype=ethernet.ARPHRD_LOOPBACK, mtu=_LOOPBACK_MTU)
+        self.add_interface("lo", address=bytes(6), hatype=ethernet.ARPHRD_LOOPBACK, mtu=LOOPBACK_MTU)
 
     # Interfaces.
 
@@ -91,7 +55,7 @@ class Network:
         *,
         address: bytes | None = None,
         hatype: int = ethernet.ARPHRD_ETHER,
-        mtu: int = _ETHERNET_MTU,
+        mtu: int = ETHERNET_MTU,
     ) -> EmulatedInterface:
         """Make an interface, up and running; `address` is by default a local one made from its index.
 
@@ -104,7 +68,7 @@ class Network:
                 raise error(errno.EINVAL)
             index = next(self._indices)
             given = b"\x02\0" + index.to_bytes(4, "big") if address is None else address
-            interface = EmulatedInterface(name, index, given, hatype, mtu)
+            interface = EmulatedInterface(name, index, given, hatype, mtu, self)
             self._interfaces[name] = interface
             return interface
 
@@ -121,7 +85,8 @@ class Network:
             if interface.loopback:
                 raise error(errno.EOPNOTSUPP)
             if interface.peer is not None:
-                interface.peer.peer = None
+                interface.peer.peer = interface.peer = None
+            interface.network = None
             del self._interfaces[name]
 
     def interface(self, name: str) -> EmulatedInterface:
@@ -163,79 +128,31 @@ class Network:
         self._arrive(device, Frame(bytes(frame), wirelen or len(frame), stamp, mark, tag), pkt_type)
 
     def _arrive(self, device: EmulatedInterface, frame: Frame, pkt_type: int | None = None) -> None:
-        with self.lock:
+        with backlog.event():
             if pkt_type == ethernet.PACKET_OUTGOING:
-                self._tap(device, frame, None)
+                packet = self.path.outgoing(device, frame)
+                packet.ifindex, packet.hatype = device.index, device.hatype
+                self.path.tap(device, packet, None)
             elif pkt_type is None and device.loopback:
                 self.transmit(device, frame, None)
             else:
-                self._receive(device, frame, pkt_type)
+                backlog.put(device, self.path.incoming(device, frame), pkt_type)
 
     def transmit(self, device: EmulatedInterface, frame: Frame, sender: EmulatedPacketSocket | None) -> None:
         """Send a frame out of an interface, to where its cable ends."""
-        with self.lock:
-            self._tap(device, frame, sender)
-            target = device if device.loopback else device.peer
-            if target is not None:
-                self._receive(target, frame, None)
+        self.send(device, self.path.outgoing(device, frame), sender)
 
-    def _tap(self, device: EmulatedInterface, frame: Frame, sender: EmulatedPacketSocket | None) -> None:
-        """Outgoing frames, with tags where they are in the bytes, go to all ETH_P_ALL sockets but the sender."""
-        network, protocol = device.header, ethernet.ip_protocol(frame.data)
-        if device.header:
-            protocol = ethernet.ether_type(frame.data)
-            if device.hatype == ethernet.ARPHRD_ETHER:
-                network, _ = ethernet.behind_tags(frame.data)
-        packet = self._packet(device, frame, network, protocol, ethernet.PACKET_OUTGOING)
-        for socket in self._listening(device):
-            if socket.protocol == ethernet.ETH_P_ALL and socket is not sender:
-                socket.deliver(device, packet, frame.timestamp_ns)
+    def send(self, device: EmulatedInterface, packet: Packet, sender: EmulatedPacketSocket | None = None) -> None:
+        """Send a packet, offset 0 its link header, out of an interface (`dev_queue_xmit`).
 
-    def _receive(self, device: EmulatedInterface, frame: Frame, pkt_type: int | None) -> None:
-        """A frame comes in: ETH_P_ALL sockets see it first, then those of its protocol."""
-        if device.header:
-            broadcast = bytes(6) if device.loopback else ethernet.BROADCAST
-            if pkt_type is None:
-                pkt_type = ethernet.packet_type(frame.data, device.address, broadcast)
-            if frame.tag is None:
-                bare = ethernet.untag(frame.data)
-                if bare is None:
-                    return
-                data, tag = bare
-                frame = replace(frame, data=data, tag=tag, wirelen=frame.wirelen - len(frame.data) + len(data))
-            protocol = ethernet.received_protocol(frame.data)
-        else:
-            protocol = ethernet.ip_protocol(frame.data)
-        packet = self._packet(device, frame, device.header, protocol, pkt_type or 0)
-        packet.ingress_ifindex = device.index
-        everything: list[EmulatedPacketSocket] = []
-        others: list[EmulatedPacketSocket] = []
-        for socket in self._listening(device):
-            (everything if socket.protocol == ethernet.ETH_P_ALL else others).append(socket)
-        for socket in everything:
-            socket.deliver(device, packet, frame.timestamp_ns)
-        if packet.vlan_tci is not None:
-            # No VLAN device claimed it: Linux marks it as somebody else's and forgets the tag.
-            packet = replace(packet, vlan_tci=None, pkt_type=ethernet.PACKET_OTHERHOST)
-        for socket in others:
-            if socket.protocol == protocol:
-                socket.deliver(device, packet, frame.timestamp_ns)
+        ETH_P_ALL sockets other than `sender` see it. What it leads to has happened when this returns, or, from within a
+        protocol's handler, when that has returned.
+        """
+        self.path.transmit(device, packet, sender)
 
-    def _packet(self, device: EmulatedInterface, frame: Frame, network: int, protocol: int, kind: int) -> Packet:
-        packet = Packet(
-            buffer=frame.data,
-            mac=0,
-            network=network,
-            length=frame.wirelen,
-            protocol=protocol,
-            pkt_type=kind,
-            ifindex=device.index,
-            hatype=device.hatype,
-            mark=frame.mark,
-        )
-        if frame.tag is not None:
-            packet.vlan_tci, packet.vlan_proto = frame.tag
-        return packet
+    def handle(self, protocol: int, handler: ProtocolHandler) -> None:
+        """Have received packets of an EtherType given to `handler`, offset 0 their network header (`dev_add_pack`)."""
+        self.path.protocols[protocol] = handler
 
     # Sockets.
 
@@ -338,7 +255,7 @@ def inject(
 
 
 def add_interface(
-    name: str, *, address: bytes | None = None, hatype: int = ethernet.ARPHRD_ETHER, mtu: int = _ETHERNET_MTU
+    name: str, *, address: bytes | None = None, hatype: int = ethernet.ARPHRD_ETHER, mtu: int = ETHERNET_MTU
 ) -> EmulatedInterface:
     """`Network.add_interface` on the current network."""
     return current().add_interface(name, address=address, hatype=hatype, mtu=mtu)

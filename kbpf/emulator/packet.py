@@ -81,6 +81,8 @@ class Packet:
     tstamp: int = 0
     tstamp_type: int = 0
     hwtstamp: int = 0
+    #: When it came or went, in nanoseconds since 1970: what packet sockets report.
+    timestamp_ns: int = 0
     #: What traffic control keeps beside the packet.
     tc_classid: int = 0
     wire_len: int = 0

@@ -20,7 +20,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
 from kbpf.emulator import ethernet
-from kbpf.emulator.network import EmulatedInterface, Frame, Network, current
+from kbpf.emulator.datapath import Frame
+from kbpf.emulator.interface import EmulatedInterface
+from kbpf.emulator.network import Network, current
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.slot import Slot, error
 from kbpf.uapi.constants import (

@@ -17,7 +17,7 @@ import pytest
 
 from kbpf.emulator import Network, current, inject, reset, sockets
 from kbpf.emulator.classic import ClassicProgram
-from kbpf.emulator.network import Frame
+from kbpf.emulator.datapath import Frame
 from kbpf.emulator.packetsocket import EmulatedPacketSocket
 from kbpf.isa import cbpf
 from kbpf.pcapfile import CaptureError, PcapWriter

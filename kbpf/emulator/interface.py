@@ -1,0 +1,54 @@
+"""Network devices of the emulated machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kbpf.emulator import ethernet
+from kbpf.emulator.replay import Replay
+
+if TYPE_CHECKING:
+    from kbpf.emulator.network import Network
+
+LOOPBACK_MTU, ETHERNET_MTU = 65536, 1500
+
+
+@dataclass
+class Counters:
+    """What ``ip -s link`` shows of a device (struct rtnl_link_stats64), as far as the emulator counts."""
+
+    rx_packets: int = 0
+    tx_packets: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    rx_dropped: int = 0
+    tx_dropped: int = 0
+
+
+@dataclass(eq=False)
+class EmulatedInterface:
+    """A network device. `hatype` is ARPHRD_*: Ethernet (1) and loopback (772) have a link header, others have none."""
+
+    name: str
+    index: int
+    address: bytes
+    hatype: int = ethernet.ARPHRD_ETHER
+    mtu: int = ETHERNET_MTU
+    #: Where it is.
+    network: Network | None = field(default=None, repr=False)
+    #: The other end of a pair.
+    peer: EmulatedInterface | None = field(default=None, repr=False)
+    #: Frames still to come from a capture file; None: not fed by one.
+    feed: Replay | None = field(default=None, repr=False)
+    fed: bool = False
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def loopback(self) -> bool:
+        return self.hatype == ethernet.ARPHRD_LOOPBACK
+
+    @property
+    def header(self) -> int:
+        """Bytes of link header."""
+        return ethernet.HEADER if self.hatype in (ethernet.ARPHRD_ETHER, ethernet.ARPHRD_LOOPBACK) else 0
