@@ -158,7 +158,7 @@ class Datapath:
         frame = packet.data
         packet.mac, packet.network = packet.offset, packet.offset + device.header
         packet.ifindex = packet.ingress_ifindex = device.index
-        packet.hatype = device.hatype
+        packet.hatype, packet.queue = device.hatype, device.queue
         if not device.header:
             packet.protocol, packet.pkt_type = ethernet.ip_protocol(frame), pkt_type or 0
             return

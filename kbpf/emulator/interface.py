@@ -42,6 +42,8 @@ class EmulatedInterface:
     #: Frames still to come from a capture file; None: not fed by one.
     feed: Replay | None = field(default=None, repr=False)
     fed: bool = False
+    #: The receive queue that its driver notes on a packet, counted from 1; 0: it notes none (`skb_record_rx_queue`).
+    queue: int = 0
     counters: Counters = field(default_factory=Counters)
 
     @property

@@ -85,7 +85,8 @@ class Network:
             if interface.loopback:
                 raise error(errno.EOPNOTSUPP)
             if interface.peer is not None:
-                interface.peer.peer = interface.peer = None
+                interface.peer.peer = None
+            interface.peer = None
             interface.network = None
             del self._interfaces[name]
 

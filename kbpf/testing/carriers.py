@@ -14,9 +14,8 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from kbpf.emulator.classic import ClassicProgram
 from kbpf.emulator.network import Network
@@ -136,19 +135,15 @@ class _EmulatedCarrier:
 _TAP_QUEUE = 1
 
 
-class _TapNetwork(Network):
-    def _packet(self, *arguments: Any) -> Packet:
-        return replace(super()._packet(*arguments), queue=_TAP_QUEUE)
-
-
 class _EmulatedTap:
     """A packet socket on an emulated network."""
 
     def __init__(self, prepare: Prepare, kind: int) -> None:
         self._prepare = prepare
-        self._network = _TapNetwork()
+        self._network = Network()
         tap = self._network.add_interface("tap0", address=TAP_MAC)
         assert tap.index == TAP_INDEX
+        tap.queue = _TAP_QUEUE
         self._receiver = EmulatedPacketSocket("tap0", kind, network=self._network)
         self._receiver.setblocking(False)
 
