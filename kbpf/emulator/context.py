@@ -13,10 +13,20 @@ from typing import NamedTuple
 
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.packet import Packet
+from kbpf.emulator.sock import Sock
+from kbpf.errors import EmulationFault
 from kbpf.uapi.structs import STRUCTS
 
 _LAYOUT = STRUCTS["__sk_buff"]
 _NO_QUEUE_MAPPING = 0xFFFF
+
+
+def _socket(packet: Packet) -> Sock:
+    """The packet's socket, which those that have these fields have."""
+    if packet.socket is None:
+        raise EmulationFault("the packet has no socket")
+    return packet.socket
+
 
 _READ: dict[str, Callable[[Packet], int]] = {
     "len": lambda packet: packet.length,
@@ -40,10 +50,10 @@ _READ: dict[str, Callable[[Packet], int]] = {
     "tstamp": lambda packet: packet.tstamp,
     "tstamp_type": lambda packet: packet.tstamp_type,
     "hwtstamp": lambda packet: packet.hwtstamp,
-    "family": lambda packet: packet.socket.family,
+    "family": lambda packet: _socket(packet).family,
     # In network order, in the field's upper half.
-    "remote_port": lambda packet: socket.htons(packet.socket.remote_port) << 16,
-    "local_port": lambda packet: packet.socket.local_port,
+    "remote_port": lambda packet: socket.htons(_socket(packet).remote_port) << 16,
+    "local_port": lambda packet: _socket(packet).local_port,
     "data": lambda packet: PACKET_ADDRESS,
     "data_meta": lambda packet: PACKET_ADDRESS,
     "data_end": lambda packet: PACKET_ADDRESS + len(packet.buffer) - packet.offset,
@@ -140,7 +150,7 @@ class SkBuff:
             return int.from_bytes(self.cb[offset - _CB.offset : offset - _CB.offset + size], sys.byteorder)
         if offset in _END_AT and size == 4 and "family" in self.access.read:
             which, family, at = _END_AT[offset]
-            ends = self.packet.socket
+            ends = _socket(self.packet)
             address: bytes = getattr(ends, which) if ends.family == family else b""
             return int.from_bytes(address[at : at + 4], sys.byteorder)
         name = _FIELD_AT.get(offset & ~3)

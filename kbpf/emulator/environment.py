@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kbpf.emulator.routes import Device, Route
+from kbpf.emulator.socket_table import SocketTable
 
 
 def _possible_cpus() -> int:
@@ -75,6 +76,8 @@ class Environment:
     interfaces: dict[int, Device] = field(default_factory=lambda: {1: Device(mtu=65536)})
     routes: list[Route] = field(default_factory=list)
     neighbours: dict[str, bytes] = field(default_factory=dict)
+    #: Sockets that packets and programs find.
+    sockets: SocketTable = field(default_factory=SocketTable)
     #: Where bpf_trace_printk writes; None: nowhere.
     trace: Callable[[str], object] | None = None
 

@@ -8,7 +8,8 @@ packets (an emulated interface, a socket, BPF_PROG_TEST_RUN) builds one; program
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from kbpf.emulator.sock import Sock
 
 #: Bytes that drivers leave before a packet, and the step in which more are made.
 NET_SKB_PAD = 64
@@ -21,19 +22,6 @@ class Tunnel:
     key: bytes
     flags: int
     options: bytes | None = None
-
-
-class SocketEnds(NamedTuple):
-    """The socket that a packet belongs to: its family, packed addresses, and ports in host order."""
-
-    family: int = 0
-    local: bytes = b""
-    remote: bytes = b""
-    local_port: int = 0
-    remote_port: int = 0
-
-
-NO_SOCKET = SocketEnds()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +87,8 @@ class Packet:
     #: How many checksums behind one another are known to be right, less one; None: none is.
     csum_level: int | None = None
     tunnel: Tunnel | None = None
-    socket: SocketEnds = NO_SOCKET
+    #: The socket that it belongs to (``skb->sk``).
+    socket: Sock | None = None
     #: Where a program has redirected the packet, and copies that it sent: (interface index, flags), and the bytes.
     redirected: tuple[int, int] | None = None
     copies: list[tuple[int, int, bytes]] = field(default_factory=list)

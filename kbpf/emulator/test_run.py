@@ -18,8 +18,9 @@ from kbpf.emulator.context import SkBuff
 from kbpf.emulator.ethernet import received_protocol
 from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
-from kbpf.emulator.packet import Packet, SocketEnds
+from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
+from kbpf.emulator.sock import Sock
 from kbpf.uapi.constants import (
     ARPHRD_LOOPBACK,
     ETH_P_IP,
@@ -97,11 +98,13 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     return RawRun(value, out, _encode(fields, buff) if context else b"", duration)
 
 
-def _socket(data: bytes, protocol: int) -> SocketEnds:
+def _socket(data: bytes, protocol: int) -> Sock:
     """The dummy socket of the packet, which has sent it, but no ports."""
     if protocol == ETH_P_IP:
-        return SocketEnds(socket.AF_INET, data[26:30], data[30:34])
-    return SocketEnds(socket.AF_INET6, data[22:38], data[38:54]) if protocol == ETH_P_IPV6 else SocketEnds()
+        return Sock(family=socket.AF_INET, local=data[26:30], remote=data[30:34])
+    if protocol == ETH_P_IPV6:
+        return Sock(family=socket.AF_INET6, local=data[22:38], remote=data[38:54])
+    return Sock(family=socket.AF_UNSPEC)
 
 
 def timed(repeat: int, once: Callable[[], int]) -> tuple[int, int]:
