@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike, TraceStep, refused_by_object
 from kbpf.emulator import maps, network, sockets, test_runs, trace
+from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
@@ -48,9 +49,12 @@ class EmulatorBackend:
 
     def close(self, fd: int) -> None:
         handle = self._handle(fd)
-        del self._handles[fd]
-        if isinstance(handle, MapFile):
-            handle.closed()
+        try:
+            run_due()
+        finally:
+            del self._handles[fd]
+            if isinstance(handle, MapFile):
+                handle.closed()
 
     def duplicate(self, fd: int) -> int:
         return self._open(self._handle(fd))
@@ -143,9 +147,11 @@ class EmulatorBackend:
         return reader
 
     def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None:
+        run_due()
         self.map_file(fd).update(key, value, flags)
 
     def map_delete(self, fd: int, key: bytes) -> None:
+        run_due()
         self.map_file(fd).delete(key)
 
     def map_next_key(self, fd: int, key: bytes | None, key_size: int) -> bytes:
@@ -163,9 +169,11 @@ class EmulatorBackend:
         return self.map_file(fd).lookup_batch(token, count, delete)
 
     def map_update_batch(self, fd: int, keys: bytes, values: bytes, count: int, flags: int = 0) -> int:
+        run_due()
         return self.map_file(fd).update_batch(keys, values, count, flags)
 
     def map_delete_batch(self, fd: int, keys: bytes, count: int, flags: int = 0) -> int:
+        run_due()
         return self.map_file(fd).delete_batch(keys, count, flags)
 
     def map_contains(self, fd: int, value: bytes) -> bool:
@@ -203,6 +211,7 @@ class EmulatorBackend:
         )
 
     def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
+        run_due()
         return test_runs.run(self.program(fd), data, context, repeat)
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:

@@ -18,6 +18,7 @@ from kbpf.errors import ObjectError
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import ProgramSpec
+from kbpf.uapi.enums import HELPERS
 
 _INFO = struct.Struct("=II")
 #: The JIT compilers round a frame up to this.
@@ -25,6 +26,7 @@ _FRAME_STEP = 16
 #: What the callers of a function with tail calls may take: each tail call can take the other half again.
 _STACK_BEFORE_TAIL_CALLS = 256
 _MOV, _ADD = ebpf.ALU64 | ebpf.MOV | ebpf.X, ebpf.ALU64 | ebpf.ADD | ebpf.K
+_SET_CALLBACK = HELPERS["timer_set_callback"]
 _HELPER_OR_FUNCTION = ebpf.JMP | ebpf.CALL
 
 
@@ -35,6 +37,8 @@ class Function:
     start: int
     end: int
     callees: list[int]
+    #: What it hands to timers, which runs on a stack of its own.
+    later: list[int]
     tail_calls: bool
     loads_packet: bool
     stack: int
@@ -101,14 +105,27 @@ def _described(spec: ProgramSpec, starts: Sequence[int]) -> list[tuple[bool, boo
 
 def _function(instructions: Sequence[Instruction], start: int, end: int) -> Function:
     body = [(pc, instructions[pc]) for pc in range(start, end)]
+    later = {pc for pc, i in body if is_function_address(i) and _runs_later(instructions, pc)}
     return Function(
         start,
         end,
-        [pc + 1 + i.imm for pc, i in body if is_call(i) or is_function_address(i)],
+        [pc + 1 + i.imm for pc, i in body if is_call(i) or (is_function_address(i) and pc not in later)],
+        [pc + 1 + instructions[pc].imm for pc in later],
         any(i.opcode == _HELPER_OR_FUNCTION and not i.src and i.imm == TAIL_CALL_HELPER for _, i in body),
         any(i.opcode & 7 == ebpf.LD and i.opcode & 0xE0 in (ebpf.ABS, ebpf.IND) for _, i in body),
         _stack_of(body),
     )
+
+
+def _runs_later(instructions: Sequence[Instruction], pc: int) -> bool:
+    """Whether the function address that is loaded is seen to be the callback of bpf_timer_set_callback."""
+    for at in range(pc + 2, len(instructions)):
+        opcode, _, src, _, imm = instructions[at]
+        if opcode & 7 in (ebpf.JMP, ebpf.JMP32):
+            return opcode == _HELPER_OR_FUNCTION and not src and imm == _SET_CALLBACK
+        if is_function_address(instructions[at]):
+            break
+    return False
 
 
 def _stack_of(body: Sequence[tuple[int, Instruction]]) -> int:
@@ -142,8 +159,14 @@ def _stack_of(body: Sequence[tuple[int, Instruction]]) -> int:
 
 def _check_stack(functions: dict[int, Function]) -> None:
     """Follow all chains of calls, a function's callees in order, as deep as they go."""
+    later = {start for function in functions.values() for start in function.later}
+    for start in (0, *sorted(later)):
+        _check_chains(functions, start)
+
+
+def _check_chains(functions: dict[int, Function], start: int) -> None:
     seen = set()
-    todo = [(0, 0, 0)]
+    todo = [(start, 0, 0)]
     while todo:
         start, before, frame = todo.pop()
         if (start, before, frame) in seen:

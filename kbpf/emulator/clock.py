@@ -13,6 +13,9 @@ from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
 
+#: Events that are kept without looking for cancelled ones.
+_FEW = 1024
+
 
 class Event:
     """Something that is to happen at a time of `environment.clock`, unless it is cancelled."""
@@ -37,11 +40,17 @@ class Timeline:
         self._lock = threading.RLock()
         self._events: list[tuple[int, int, Event]] = []
         self._serials = itertools.count()
+        #: How many events there may be before those that are cancelled are thrown out.
+        self._most = _FEW
 
     def at(self, when: int, action: Callable[[], object]) -> Event:
         """Have `action` done at `when`, in nanoseconds of `environment.clock`."""
         event = Event(when, action)
         with self._lock:
+            if len(self._events) > self._most:
+                self._events = [entry for entry in self._events if entry[2].pending]
+                heapq.heapify(self._events)
+                self._most = max(_FEW, 2 * len(self._events))
             heapq.heappush(self._events, (when, next(self._serials), event))
         return event
 

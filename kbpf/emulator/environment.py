@@ -45,6 +45,8 @@ class Environment:
     random32: Callable[[], int] = lambda: random.getrandbits(32)
     #: Nanoseconds that the machine was suspended: what CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC.
     suspended: int = 0
+    #: CLOCK_REALTIME in nanoseconds.
+    real_clock: Callable[[], int] = time.time_ns
     #: CLOCK_TAI in nanoseconds.
     tai_clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_TAI)
     #: Jiffies in a second (CONFIG_HZ).

@@ -38,13 +38,29 @@ HelperFunction: TypeAlias = Callable[["Run", int, int, int, int, int], int]
 AncillaryFunction: TypeAlias = Callable[["Run", State], "int | None"]
 
 
+class Loaded(Protocol):
+    """A loaded program, as far as what runs of it later must know it."""
+
+    @property
+    def budget(self) -> int: ...
+
+    @property
+    def maps(self) -> Sequence[object]: ...
+
+
+def _no_program() -> None:
+    return None
+
+
 class Code:
     """A linked program."""
 
-    __slots__ = ("frames", "functions", "steps")
+    __slots__ = ("frames", "functions", "program", "steps")
 
     def __init__(self, steps: list[Step], functions: frozenset[int], frames: int) -> None:
         self.steps = steps
+        #: The loaded program that this is of, if it is one and is still there.
+        self.program: Callable[[], Loaded | None] = _no_program
         #: Where functions start, other than the main one.
         self.functions = functions
         #: Stack frames that a run may need; 0 if nothing but registers and the packet is touched.
@@ -219,12 +235,12 @@ class Run(Space):
             self.exhausted()
         return True
 
-    def execute(self) -> int:
-        """Run to the end; returns the low 32 bits of R0."""
+    def execute(self, start: int = 0) -> int:
+        """Run to the end, from the beginning or from one of the program's functions; returns the low 32 bits of R0."""
         state, frames = self.state, self.code.frames
         try:
             if frames:
-                self._go(0, 0)
+                self._go(start, 0)
                 if self.lock or self.held:
                     raise EmulationFault("the program ends with a lock or a reserved record in its hands")
             else:

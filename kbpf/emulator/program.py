@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
@@ -31,10 +32,13 @@ from kbpf.uapi.enums import PROG_TYPES
 MOST_MAPS = 64
 #: Types whose programs have LD_ABS and LD_IND.
 LOADS_PACKET = ("socket_filter", "sched_cls", "sched_act")
-#: Programs that may use no map with locks, as the kernel calls them.
-_WITHOUT_LOCKS = {
-    "socket_filter": "socket filter",
-    **dict.fromkeys(("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable"), "tracing"),
+_TRACING = dict.fromkeys(("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable"), "tracing")
+#: Types of programs that may use no map with such a field, as the kernel calls them.
+_WITHOUT = {
+    "bpf_spin_lock": {"socket_filter": "socket filter", **_TRACING},
+    "bpf_res_spin_lock": {"socket_filter": "socket filter", **_TRACING},
+    "bpf_timer": _TRACING,
+    "bpf_wq": _TRACING,
 }
 #: What is asked of the verifier or of devices, and changes nothing here.
 _FLAGS = (
@@ -86,6 +90,7 @@ class Program:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
                 helpers.check(imm, spec.type, self.gpl_compatible)
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
+        self.code.program = weakref.ref(self)
         self.tag = _tag(spec)
         self.id = next(_ids)
         PROGRAMS[self.id] = self
@@ -127,8 +132,9 @@ class Program:
             except OSError as error:
                 raise invalid(f"fd {imm} is not pointing to valid bpf_map", error.errno or 0) from None
         if found not in self.maps:
-            if found.has_lock and self.type in _WITHOUT_LOCKS:
-                raise invalid(f"{_WITHOUT_LOCKS[self.type]} progs cannot use bpf_spin_lock yet")
+            for name, without in _WITHOUT.items():
+                if self.type in without and any(field.name == name for field in found.special):
+                    raise invalid(f"{without[self.type]} progs cannot use {name} yet")
             if len(self.maps) == MOST_MAPS:
                 raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
             self.maps.append(found)

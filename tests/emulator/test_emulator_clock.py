@@ -48,6 +48,12 @@ def test_a_cancelled_event_does_not_happen(clock: ManualClock) -> None:
     assert seen == []
 
 
+def test_cancelled_events_are_not_kept(clock: ManualClock) -> None:
+    for _ in range(10000):
+        timeline.at(200, int).cancel()
+    assert len(timeline._events) < 5000
+
+
 def test_looking_does_what_is_due_by_now_and_no_more(clock: ManualClock) -> None:
     seen: list[str] = []
     timeline.at(90, lambda: seen.append("past"))

@@ -21,6 +21,7 @@ from mapcode import EXIT, Code, attempt, call, create, described_value, get, mai
 from sides import CB, FRAME, Side
 from test_emulator_maps_locks import locked
 from test_emulator_maps_output import perf_event
+from timers import with_timer
 
 from kbpf.backend import Batch
 from kbpf.emulator.backend import EmulatorBackend
@@ -42,10 +43,12 @@ STORAGE: dict[str, Any] = {"key_size": 4, "value_size": 8, "flags": uapi.BPF_F_N
 SPECS = {
     "array": MapSpec(type="array", **HASHED),
     "array with a lock": locked("array"),
+    "array with a timer": with_timer("array", max_entries=4),
     "array of odd size": MapSpec(type="array", **{**HASHED, "value_size": 3}),
     "percpu_array": MapSpec(type="percpu_array", **{**HASHED, "value_size": 12}),
     "hash": MapSpec(type="hash", **HASHED),
     "hash with a lock": locked("hash"),
+    "hash with a timer": with_timer("hash", max_entries=4),
     "hash without preallocation": MapSpec(type="hash", **{**HASHED, "key_size": 1}, flags=uapi.BPF_F_NO_PREALLOC),
     # Whole words: a program's new element keeps in the padding of other processors what its last user left there.
     "percpu_hash": MapSpec(type="percpu_hash", **{**HASHED, "value_size": 16}),
@@ -314,7 +317,7 @@ class MapMachine(RuleBasedStateMachine):
         if not often:
             self.both("map_freeze")
 
-    @precondition(lambda self: self.type in HELPERS)
+    @precondition(lambda self: self.type in HELPERS and self.spec.value_size <= 16)
     @rule(data=st.data(), key=KEYS, value=BYTES, flags=st.sampled_from((0, 0, 0, 1, 2, 3)))
     def by_a_program(self, data: st.DataObject, key: int, value: int, flags: int) -> None:
         helpers = HELPERS[self.type]

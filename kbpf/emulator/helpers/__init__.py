@@ -26,6 +26,7 @@ from kbpf.emulator.helpers import (
     skb,
     system,
     text,
+    timer,
     tunnel,
     xdp,
 )
@@ -57,6 +58,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
         skb.HELPERS,
         system.HELPERS,
         text.HELPERS,
+        timer.HELPERS,
         tunnel.HELPERS,
     )
     for name, function in table.items()

@@ -53,6 +53,9 @@ class Array(Map):
         """The address of the value for a program on this processor, without that counting as use; 0 if none."""
         return self.find(key)
 
+    def key_at(self, value: int) -> bytes:
+        return ((value - self.values.address) // self._stride).to_bytes(4, sys.byteorder)
+
     def value_address(self, offset: int) -> int:
         """The address of a byte of the only value, for BPF_PSEUDO_MAP_VALUE."""
         return self.values.address + offset
@@ -60,6 +63,7 @@ class Array(Map):
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         at = self._place(key, flags)
         self.values.buffer[at : at + self.value_size] = self.cleared(value)  # type: ignore[index]
+        self.free_fields(self.values.address + at)
 
     def remove(self, key: bytes) -> None:
         raise refused(errno.EINVAL)

@@ -58,6 +58,17 @@ class Descriptors(Protocol):
     def perf_buffer_of(self, fd: int) -> PerfBuffer: ...
 
 
+class Kept(Protocol):
+    """What the kernel keeps in a field of a value."""
+
+    #: It goes when user space has no descriptor and no pin of the map left.
+    needs_user: bool
+
+    def free(self) -> None:
+        """It is in the value no longer."""
+        ...
+
+
 class Map:
     """A map. Keys and values are bytes of the map's sizes; failures are `OSError` with the kernel's errno."""
 
@@ -91,6 +102,8 @@ class Map:
         self.check_creation()
         self.special = special_fields(spec)
         self.has_lock = any(field.name == "bpf_spin_lock" for field in self.special)
+        #: What is in the fields of values that are the kernel's own, by their address.
+        self.kept: dict[int, Kept] = {}
         # Those are rights of the descriptor, not the map's.
         self.flags &= ~(uapi.BPF_F_RDONLY | uapi.BPF_F_WRONLY)
         self.frozen = False
@@ -160,6 +173,19 @@ class Map:
 
     def abandoned(self) -> None:
         """User space has no descriptor and no pin left; programs may still use the map."""
+        for address in [address for address, kept in self.kept.items() if kept.needs_user]:
+            self.kept.pop(address).free()
+
+    def free_fields(self, value: int) -> None:
+        """The value at this address is gone or written over, and with it what the kernel keeps in it."""
+        for field in self.special:
+            kept = self.kept.pop(value + field.offset, None)
+            if kept is not None:
+                kept.free()
+
+    def key_at(self, value: int) -> bytes:
+        """The key of the element whose value is, or was, at this address."""
+        raise NotImplementedError
 
     def contains(self, value: bytes) -> bool:
         """Whether the value is in a map that can only be asked that."""
@@ -190,11 +216,14 @@ class Map:
         """Zeroed memory for values, with the rights that the map's flags give programs."""
         if size > M32:
             raise refused(errno.ENOMEM)
-        return Region(
+        region = Region(
             page_buffer(size),
             readable=not self.flags & uapi.BPF_F_WRONLY_PROG,
             writable=not self.flags & uapi.BPF_F_RDONLY_PROG,
         )
+        if self.special:
+            _SPECIAL[region.number] = self
+        return region
 
     def cleared(self, value: bytes) -> bytes:
         """A value as it is stored: fields that are the kernel's own are left out."""
@@ -216,3 +245,15 @@ class Map:
 _ids = itertools.count(1)
 #: Maps by id, while anybody holds them.
 MAPS: WeakValueDictionary[int, Map] = WeakValueDictionary()
+#: Maps with special fields, by the numbers of the regions that have their values.
+_SPECIAL: WeakValueDictionary[int, Map] = WeakValueDictionary()
+
+
+def field_at(address: int, name: str) -> tuple[Map, int]:
+    """The map whose special field lies at an address, and the address of its value; faults where there is none."""
+    found = _SPECIAL.get(address >> 32)
+    if found is not None:
+        for field in found.special:
+            if field.name == name and (address & M32) % found.slot_size == field.offset:
+                return found, address - field.offset
+    raise EmulationFault(f"no {name} of a map's value is here", address=address)

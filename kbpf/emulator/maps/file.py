@@ -91,7 +91,7 @@ class MapFile:
     def memory(self, offset: int, size: int, writable: bool) -> memoryview:
         if not self.readable or (writable and not self.writable):
             raise refused(errno.EACCES)
-        if not self.map.mappable:
+        if not self.map.mappable or self.map.special:
             raise refused(ENOTSUPP)
         if not self.writable:
             # Linux makes a private mapping of it, which maps do not take.

@@ -113,6 +113,8 @@ class Hash(Map):
         self._slots = Slots(self, self._slot * (self.cpus if self.per_cpu else 1), self.max_entries + 1)
         # An update takes this slot and leaves its old one here.
         self._spare = 0
+        #: Of values with special fields, the keys by address; in Linux a value lies behind its key.
+        self._keys: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -127,6 +129,9 @@ class Hash(Map):
     def all_keys(self) -> list[bytes]:
         """All keys there are."""
         return list(self._entries)
+
+    def key_at(self, value: int) -> bytes:
+        return self._keys.get(value, bytes(self.key_size))
 
     def place(self, key: bytes) -> int:
         """The address of the value for a program on this processor, without that counting as use; 0 if none."""
@@ -162,6 +167,7 @@ class Hash(Map):
         if entry is None:
             raise refused(errno.ENOENT)
         self._unlink(entry)
+        self.free_fields(entry.address)
         self._slots.give(entry.address)
 
     def take(self, key: bytes) -> bytes:
@@ -219,18 +225,24 @@ class Hash(Map):
             self._slots.write(entry.address, value)
         else:
             address = self._spare or self._slots.take()
-            self._slots.write(address, value)
+            self._place_value(address, key, value)
             self._spare, entry.address = entry.address, address
+            self.free_fields(self._spare)
             self.used(entry)
 
     def _add(self, key: bytes, value: bytes) -> None:
         if len(self._entries) >= self.max_entries:
             self.make_room()
         address = self._slots.take()
-        self._slots.write(address, value)
+        self._place_value(address, key, value)
         self._serial += 1
         entry = self._entries[key] = Entry(key, address, self._serial)
         self._append(entry)
+
+    def _place_value(self, address: int, key: bytes, value: bytes) -> None:
+        self._slots.write(address, value)
+        if self.special:
+            self._keys[address] = key
 
     def _append(self, entry: Entry) -> None:
         ends = self._ends

@@ -11,13 +11,34 @@ from typing import NamedTuple
 from kbpf.errors import ObjectError
 from kbpf.specs import MapSpec
 from kbpf.types import Array, Struct, Type
+from kbpf.uapi import constants as uapi
 
-#: Types of maps that may have each; sizes are those of linux/bpf.h.
+#: Types of maps that may have each.
 _LOCK_TYPES = frozenset(
     {"hash", "array", "cgroup_storage", "sk_storage", "inode_storage", "task_storage", "cgrp_storage"}
 )
 _TIMER_TYPES = frozenset({"hash", "lru_hash", "array"})
-_TYPES = {"bpf_spin_lock": (_LOCK_TYPES, 4), "bpf_timer": (_TIMER_TYPES, 16), "bpf_wq": (_TIMER_TYPES, 16)}
+_REFERENCE_TYPES = (_LOCK_TYPES - {"cgroup_storage"}) | {
+    "lru_hash", "percpu_hash", "lru_percpu_hash", "percpu_array"
+}  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """Where such a field may be; its size and alignment in bytes."""
+
+    maps: frozenset[str]
+    size: int
+    alignment: int
+
+
+_TYPES = {
+    "bpf_spin_lock": _Kind(_LOCK_TYPES, 4, 4),
+    "bpf_res_spin_lock": _Kind(_LOCK_TYPES, 4, 4),
+    "bpf_timer": _Kind(_TIMER_TYPES, 16, 8),
+    "bpf_wq": _Kind(_TIMER_TYPES, 16, 8),
+    "bpf_task_work": _Kind(_TIMER_TYPES, 8, 8),
+    "bpf_refcount": _Kind(_REFERENCE_TYPES, 4, 4),
+}
 
 
 class Special(NamedTuple):
@@ -46,15 +67,17 @@ def described_value(spec: MapSpec) -> Type | None:
 def special_fields(spec: MapSpec) -> tuple[Special, ...]:
     """The value's special fields. Where Linux would not take the BTF, the map is made without: there are none."""
     value = described_value(spec)
-    if value is None:
+    if value is None or spec.flags & (uapi.BPF_F_RDONLY_PROG | uapi.BPF_F_WRONLY_PROG):
         return ()
     found = tuple(_fields(value, 0))
     names = [field.name for field in found]
-    allowed = all(
-        spec.type in _TYPES[field.name][0] and field.size == _TYPES[field.name][1] and not field.offset % 4
-        for field in found
-    )
+    allowed = all(_may_be(field, spec.type) for field in found)
     return found if allowed and len(names) == len(set(names)) else ()
+
+
+def _may_be(field: Special, map_type: str) -> bool:
+    kind = _TYPES[field.name]
+    return map_type in kind.maps and field.size == kind.size and not field.offset % kind.alignment
 
 
 def _fields(type: Type, at: int) -> Iterator[Special]:
