@@ -17,6 +17,8 @@ from kbpf.isa.ebpf import Instruction
 from kbpf.specs import Layout, MapSpec, ProgramSpec
 
 BackendName = Literal["kernel", "emulator"]
+#: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
+Engine = Literal["auto", "interpreter", "jit"]
 
 
 #: Why nobody can change a filter.
@@ -211,8 +213,13 @@ class Backend(Protocol):
 
     # Programs.
 
-    def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
-        """BPF_PROG_LOAD; raises `LoadRefused` with the verifier's log (asked for when the first try fails)."""
+    def program_load(
+        self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0, engine: Engine | None = None
+    ) -> int:
+        """BPF_PROG_LOAD; raises `LoadRefused` with the verifier's log (asked for when the first try fails).
+
+        `engine` is what runs the program in the emulator; in the kernel its own JIT does.
+        """
         ...
 
     def program_info(self, fd: int) -> ProgramInfo: ...

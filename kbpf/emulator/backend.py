@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-from kbpf.backend import BackendName, Batch, MapInfo, ProgramInfo, RawRun, SocketLike, TraceStep, refused_by_object
+from kbpf.backend import (
+    BackendName,
+    Batch,
+    Engine,
+    MapInfo,
+    ProgramInfo,
+    RawRun,
+    SocketLike,
+    TraceStep,
+    refused_by_object,
+)
 from kbpf.emulator import maps, network, sockets, test_runs, trace
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
@@ -39,7 +49,9 @@ class EmulatorBackend:
     #: Programs are checked, but not verified.
     verifies = False
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine = "auto") -> None:
+        """`engine` is what runs programs that are loaded without naming one."""
+        self._engine = engine
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(FIRST_DESCRIPTOR)
         self._pins: dict[str, Map | Program] = {}
@@ -196,8 +208,11 @@ class EmulatorBackend:
 
     # Programs.
 
-    def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
-        return self._open(Program(spec, [self.map(fd) for fd in maps], self.map))
+    def program_load(
+        self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0, engine: Engine | None = None
+    ) -> int:
+        used = [self.map(fd) for fd in maps]
+        return self._open(Program(spec, used, self.map, engine=engine or self._engine))
 
     def program_info(self, fd: int) -> ProgramInfo:
         found = self.program(fd)

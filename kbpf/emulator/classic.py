@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from kbpf.backend import Engine
+from kbpf.emulator import engines
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.dissect import payload_offset
 from kbpf.emulator.environment import environment
@@ -93,20 +95,22 @@ class ClassicProgram:
         network: int | None = None,
         mac: int | None = None,
         loops: bool = False,
+        engine: Engine = "auto",
     ) -> None:
         self.network = network
         self.mac = mac
         self._instructions = instructions
         self._loops = loops
         self._code = link(to_ebpf(instructions, loops=loops), ancillary=ANCILLARY_LOADS)
+        self._code.engine = engine
 
     def run(self, data: bytes, length: int) -> int:
         """The filter's return value for a packet of `length` bytes of which `data` are at hand."""
-        return Run(self, self._code, None, data, length).execute()
+        return engines.execute(self._code, self, None, data, length)
 
     def run_packet(self, packet: Packet) -> int:
         """The filter's return value for a packet with all its metadata."""
-        return Run(self, self._code, packet, packet.data).execute()
+        return engines.execute(self._code, self, packet, packet.data)
 
     def path(self, packet: Packet) -> tuple[int, tuple[int, ...]]:
         """The return value, and the indices of the instructions that ran, in order."""

@@ -80,7 +80,7 @@ def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawR
     def once() -> int:
         nonlocal flow
         flow = FlowContext(data, flags)
-        value = Run(program, program.code, Packet(buffer=b""), b"", context=flow).execute()
+        value = program.execute(Packet(buffer=b""), b"", flow)
         flow.clamp()
         return value
 

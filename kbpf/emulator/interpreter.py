@@ -10,14 +10,18 @@ lets run; a program that uses up its budget faults.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from kbpf.backend import Engine
 from kbpf.emulator.memory import CONTEXT, M32, M64, PACKET, STACK, Buffer, Fields, MutableBuffer, Space
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import DATA, FUEL, RUN, State, Step, factory, variant
 from kbpf.errors import EmulationFault
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction
+
+if TYPE_CHECKING:
+    from kbpf.emulator.jit.program import NativeProgram
 
 #: Instructions that one run may take, about a second's worth.
 BUDGET = 1 << 24
@@ -52,15 +56,31 @@ def _no_program() -> None:
     return None
 
 
+class Linked(NamedTuple):
+    """What a program was linked from: `link`'s arguments."""
+
+    instructions: Sequence[Instruction]
+    constants: Mapping[int, int]
+    helpers: Mapping[int, HelperFunction]
+    tail_target: Callable[[Run, int, int], Code | None] | None
+    ancillary: Mapping[int, AncillaryFunction]
+
+
 class Code:
     """A linked program."""
 
-    __slots__ = ("frames", "functions", "program", "steps")
+    __slots__ = ("engine", "frames", "functions", "linked", "native", "program", "steps", "work")
 
-    def __init__(self, steps: list[Step], functions: frozenset[int], frames: int) -> None:
+    def __init__(self, steps: list[Step], functions: frozenset[int], frames: int, linked: Linked | None = None) -> None:
         self.steps = steps
         #: The loaded program that this is of, if it is one and is still there.
         self.program: Callable[[], Loaded | None] = _no_program
+        #: What it was made of; None for code that is watched, which only the interpreter runs.
+        self.linked = linked
+        #: What runs it, the same in native code, and instructions that ran without (see `kbpf.emulator.engines`).
+        self.engine: Engine = "auto"
+        self.native: NativeProgram | None = None
+        self.work = 0
         #: Where functions start, other than the main one.
         self.functions = functions
         #: Stack frames that a run may need; 0 if nothing but registers and the packet is touched.
@@ -292,7 +312,7 @@ def link(
     classic absolute loads reach by offset (classic programs only). Instructions must exist and jumps must stay in the
     program: `checks.check` has seen to that.
     """
-    constants, helpers = constants or {}, helpers or {}
+    constants, helpers, ancillary = constants or {}, helpers or {}, ancillary or {}
     functions = frozenset(
         pc + 1 + imm
         for pc, (opcode, _, src, _, imm) in enumerate(instructions)
@@ -332,7 +352,8 @@ def link(
         opcode & 7 in (ebpf.LD, ebpf.ALU, ebpf.ALU64, ebpf.JMP, ebpf.JMP32) and opcode != ebpf.JMP | ebpf.CALL
         for opcode, *_ in instructions
     )
-    return Code(steps, functions, ebpf.MAX_CALL_FRAMES if functions else int(not plain))
+    linked = Linked(instructions, constants, helpers, tail_target, ancillary)
+    return Code(steps, functions, ebpf.MAX_CALL_FRAMES if functions else int(not plain), linked)
 
 
 def _constant(dst: int, value: int, next: int) -> Step:

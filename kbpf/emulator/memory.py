@@ -24,7 +24,7 @@ M32 = 0xFFFFFFFF
 M64 = 0xFFFFFFFFFFFFFFFF
 
 CONTEXT, STACK, PACKET, FLOW_KEYS = 1, 2, 3, 4
-FIRST_SHARED = 0x100
+FIRST_SHARED, FIRST_FREE = 0x100, 0x10
 
 MutableBuffer: TypeAlias = "bytearray | memoryview | mmap"
 Buffer: TypeAlias = "bytes | MutableBuffer"
@@ -63,7 +63,8 @@ class Region:
         return self.number << 32
 
 
-_numbers = itertools.count(FIRST_SHARED)
+# Native code finds regions by the low byte of their number, of which the first few are the runs' own.
+_numbers = (number for number in itertools.count(FIRST_SHARED) if number & 0xFF >= FIRST_FREE)
 REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
 
 

@@ -13,13 +13,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-from kbpf.backend import LoadRefused, object_name
-from kbpf.emulator import calls, checks, helpers
+from kbpf.backend import Engine, LoadRefused, object_name
+from kbpf.emulator import calls, checks, engines, helpers
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.helpers.maps import tail_target
-from kbpf.emulator.interpreter import BUDGET, Code, Run, link
+from kbpf.emulator.interpreter import BUDGET, Code, Context, link
 from kbpf.emulator.maps.array import Array
 from kbpf.emulator.maps.base import Map
 from kbpf.emulator.packet import Packet
@@ -68,7 +68,12 @@ class Program:
     """
 
     def __init__(
-        self, spec: ProgramSpec, maps: Sequence[Map], map_of: Callable[[int], Map], budget: int = BUDGET
+        self,
+        spec: ProgramSpec,
+        maps: Sequence[Map],
+        map_of: Callable[[int], Map],
+        budget: int = BUDGET,
+        engine: Engine = "auto",
     ) -> None:
         self.spec = spec
         self.type = spec.type
@@ -91,13 +96,18 @@ class Program:
                 helpers.check(imm, spec.type, self.gpl_compatible)
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.code.program = weakref.ref(self)
+        self.code.engine = engine
         self.tag = _tag(spec)
         self.id = next(_ids)
         PROGRAMS[self.id] = self
 
     def run_packet(self, packet: Packet) -> int:
         """Run over a packet; returns the low 32 bits of R0. Raises `EmulationFault`."""
-        return Run(self, self.code, packet, packet.data).execute()
+        return self.execute(packet, packet.data)
+
+    def execute(self, packet: Packet, data: bytes, context: Context | None = None) -> int:
+        """Run over a packet, whose bytes from offset 0 on are `data`, with a context made for it, or an own one."""
+        return engines.execute(self.code, self, packet, data, context=context)
 
     def packet(self, data: bytes, length: int) -> Packet:
         return Packet(buffer=data, length=length)

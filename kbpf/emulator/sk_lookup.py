@@ -82,5 +82,5 @@ def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawR
         raise refused(errno.EAFNOSUPPORT)
     looked = LookupContext(given)
     packet = Packet(buffer=b"")
-    value, duration = timed(repeat, lambda: Run(program, program.code, packet, b"", context=looked).execute())
+    value, duration = timed(repeat, lambda: program.execute(packet, b"", looked))
     return RawRun(int(value != 0), b"", given, duration)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from kbpf.backend import RawRun
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.ethernet import received_protocol
-from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
@@ -91,7 +90,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     buff = SkBuff(packet, program.type)
     cb = _LAYOUT.fields["cb"]
     buff.cb[:] = padded(context, _LAYOUT)[cb.offset : cb.offset + len(buff.cb)]
-    value, duration = timed(repeat, lambda: Run(program, program.code, packet, packet.data, context=buff).execute())
+    value, duration = timed(repeat, lambda: program.execute(packet, packet.data, buff))
     out = packet.data
     if not with_header:
         out = bytes(ETH_HLEN) + out

@@ -11,7 +11,6 @@ import sys
 
 from kbpf.backend import RawRun
 from kbpf.emulator.helpers.xdp import is_metadata_length
-from kbpf.emulator.interpreter import Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
@@ -47,7 +46,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     buff = XdpBuff(data[:first], metadata=metadata, fragments=fragments)
     buff.ingress_ifindex = index
     packet = Packet(buffer=b"")
-    value, duration = timed(repeat, lambda: Run(program, program.code, packet, b"", context=buff).execute())
+    value, duration = timed(repeat, lambda: program.execute(packet, b"", buff))
     out = b""
     if context:
         words = {**fields, "data": buff.data - buff.meta, "data_end": buff.end - buff.meta}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 
-from kbpf.backend import LoadRefused, ProgramInfo, RawRun, TraceStep, object_name
+from kbpf.backend import Engine, LoadRefused, ProgramInfo, RawRun, TraceStep, object_name
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import syscall
@@ -32,7 +32,9 @@ _MAP_BY_INDEX = {ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX_VA
 class ProgramCommands:
     """The programs' part of the backend."""
 
-    def program_load(self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0) -> int:
+    def program_load(
+        self, spec: ProgramSpec, maps: Sequence[int], log_level: int = 0, engine: Engine | None = None
+    ) -> int:
         attach_type = spec.expected_attach_type or 0
         if isinstance(attach_type, str):
             attach_type = ATTACH_TYPES[attach_type]

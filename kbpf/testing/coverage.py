@@ -68,6 +68,7 @@ class Watch:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        program.code.engine = "interpreter"
         code, instructions = program.code, program.spec.instructions
         self.ways: Counter[tuple[int, int]] = Counter()
         self.regions: Counter[tuple[int, str]] = Counter()

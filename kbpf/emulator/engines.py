@@ -1,0 +1,70 @@
+"""What runs a program: the interpreter, or native code once the program has earned it.
+
+Compiling takes a hundredth of a second, and loading llvmlite a tenth: a program whose runs have taken as many
+instructions as the interpreter does in that time is compiled, where the `jit` extra is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from kbpf.emulator.interpreter import Code, Context, Run, Subject
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.semantics import FUEL
+from kbpf.errors import EmulationWarning
+
+if TYPE_CHECKING:
+    from kbpf.emulator.jit.program import NativeProgram
+
+#: Instructions in the interpreter that are worth compiling.
+WORTH = 200_000
+
+_lock = threading.Lock()
+
+
+def execute(
+    code: Code,
+    subject: Subject,
+    packet: Packet | None,
+    data: Any,
+    length: int = 0,
+    context: Context | None = None,
+) -> int:
+    """Run to the end; returns the low 32 bits of R0. Raises `EmulationFault`."""
+    if code.engine != "interpreter":
+        native = code.native or (native_of(code) if code.engine == "jit" or code.work > WORTH else None)
+        if native is not None:
+            return native.execute(code, subject, packet, data, length, context)
+    run = Run(subject, code, packet, data, length, context)
+    try:
+        return run.execute()
+    finally:
+        code.work += len(code.steps) + subject.budget - run.state[FUEL]
+
+
+def native_of(code: Code) -> NativeProgram | None:
+    """The code in native code, compiled when it is first asked for; None where the interpreter must run it."""
+    if code.native is None and _installed():
+        from kbpf.emulator.jit.program import NativeProgram, supports
+
+        with _lock:
+            if code.native is None and supports(code):
+                code.native = NativeProgram(code)
+    return code.native
+
+
+@cache
+def _installed() -> bool:
+    """Whether llvmlite is there; says so once where a program would have been compiled."""
+    found = importlib.util.find_spec("llvmlite") is not None
+    if not found:
+        warnings.warn(
+            "llvmlite is not installed, so that emulated programs stay in the interpreter: pip install 'kbpf[jit]'",
+            EmulationWarning,
+            stacklevel=2,
+        )
+    return found

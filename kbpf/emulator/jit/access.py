@@ -1,0 +1,210 @@
+"""Memory in LLVM IR: loads, stores and atomic operations, checked against the run's table of regions.
+
+An address that is known at compile time to lie in the function's frame needs no check. Any other is looked up: its
+upper half is the region's number, whose entry of the table says where its bytes are and how many. What is not found
+there is left to Python, which does the access or raises the fault (`kbpf.emulator.jit.callbacks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kbpf.emulator.jit.code import Body
+from kbpf.emulator.jit.layout import TABLE_SIZE
+from kbpf.emulator.jit.pointers import CONTEXT, Pointer, Registers, at_frame, size_of
+from kbpf.emulator.memory import CONTEXT as CONTEXT_REGION
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+
+#: What the callback for accesses is asked to do: load, store, read bytes that a helper takes, find the host address.
+LOAD, STORE, READ, RESOLVE = range(4)
+
+_OPERATIONS = {ebpf.ADD: "add", ebpf.OR: "or", ebpf.AND: "and", ebpf.XOR: "xor"}
+
+
+@dataclass
+class Memory:
+    """What memory accesses of one function need to know.
+
+    `callback` is the host address of the function for accesses, `slots` the numbers of the context's fields that are
+    read at known places, by (offset, size), `frame` whether the frame is this function's alone.
+    """
+
+    body: Body
+    callback: int
+    slots: dict[tuple[int, int], int]
+
+    def load(self, pc: int, instruction: Instruction, registers: Registers) -> None:
+        """LDX, and the atomic load-acquire."""
+        opcode, dst, src, off, _ = instruction
+        size = size_of(opcode)
+        held = registers[src]
+        signed = opcode & 7 == ebpf.LDX and opcode & 0xE0 == ebpf.MEMSX
+        if held is not None and held.kind == CONTEXT and held.offset is not None and not signed:
+            value = self._context_field(pc, held.offset + off, size)
+        else:
+            value = self.value_at(pc, held, src, off, size)
+        if signed:
+            value = self.body.value(f"trunc i64 {value} to i{8 * size}")
+            value = self.body.value(f"sext i{8 * size} {value} to i64")
+        self.body.set(dst, value)
+
+    def value_at(self, pc: int, held: Pointer | None, base: int, off: int, size: int, kind: int = LOAD) -> str:
+        """An unsigned number in memory, as 64 bits."""
+        at = at_frame(held, off, size)
+        if at is not None:
+            return self._plain_load(self._in_frame(at), size)
+        address = self._address(base, off)
+        found, missed, usual = self._find(address, size, "readable")
+        hit = self._plain_load(found, size)
+        return self._joined(usual, hit, missed, pc, kind, address, size)
+
+    def _joined(self, usual: str, hit: str, missed: str, pc: int, kind: int, address: str, size: int) -> str:
+        """The value found on the usual way, or what Python says to `kind` of access."""
+        body = self.body
+        joined = body.label()
+        body.emit(f"br label %{joined}")
+        with body.aside(missed):
+            got, last = self._ask(pc, kind, address, size, "0")
+            body.emit(f"br label %{joined}")
+        body.place(joined)
+        return body.value(f"phi i64 [ {hit}, %{usual} ], [ {got}, %{last} ]")
+
+    def store(self, pc: int, instruction: Instruction, registers: Registers) -> None:
+        """ST and STX, and the atomic store-release."""
+        opcode, dst, src, off, imm = instruction
+        body, size = self.body, size_of(opcode)
+        value = str(imm) if opcode & 7 == ebpf.ST else body.get(src)
+        narrow = value if size == 8 else body.value(f"trunc i64 {value} to i{8 * size}")
+        at = at_frame(registers[dst], off, size)
+        if at is not None:
+            body.emit(f"store i{8 * size} {narrow}, ptr {self._in_frame(at)}, align 1")
+            return
+        address = self._address(dst, off)
+        found, missed, _ = self._find(address, size, "writable")
+        joined = body.label()
+        body.emit(f"store i{8 * size} {narrow}, ptr {found}, align 1")
+        body.emit(f"br label %{joined}")
+        with body.aside(missed):
+            self._ask(pc, STORE, address, size, value)
+            body.emit(f"br label %{joined}")
+        body.place(joined)
+
+    def atomic(self, pc: int, instruction: Instruction, registers: Registers) -> None:
+        """Read-modify-write; one that is not aligned is not atomic, and Linux does not let it pass."""
+        opcode, dst, src, off, imm = instruction
+        body, size = self.body, size_of(opcode)
+        kind = f"i{8 * size}"
+        at = at_frame(registers[dst], off, size)
+        if at is not None:
+            pointer = self._in_frame(at)
+        else:
+            address = self._address(dst, off)
+            found, missed, usual = self._find(address, size, "writable", "readable")
+            host = self._joined(usual, body.value(f"ptrtoint ptr {found} to i64"), missed, pc, RESOLVE, address, size)
+            pointer = body.value(f"inttoptr i64 {host} to ptr")
+        operand = body.get(src) if size == 8 else body.get32(src)
+        compared = (body.get(0) if size == 8 else body.get32(0)) if imm == ebpf.CMPXCHG else ""
+        old = self._exchange(pointer, kind, size, imm, operand, compared)
+        wide = old if size == 8 else body.value(f"zext {kind} {old} to i64")
+        if imm == ebpf.CMPXCHG:
+            body.set(0, wide)
+        elif imm & ebpf.FETCH:
+            body.set(src, wide)
+
+    def _exchange(self, pointer: str, kind: str, size: int, imm: int, operand: str, compared: str) -> str:
+        """The old value. Memory that is not aligned is changed in two steps, which LLVM's atomics do not do."""
+        body = self.body
+        number = body.value(f"ptrtoint ptr {pointer} to i64")
+        low = body.value(f"and i64 {number}, {size - 1}")
+        aligned, split, joined = body.label(), body.label(), body.label()
+        whole = body.value(f"icmp eq i64 {low}, 0")
+        body.emit(f"br i1 {whole}, label %{aligned}, label %{split}, !prof !0")
+        body.place(aligned)
+        operation = _OPERATIONS.get(imm & ~ebpf.FETCH, "xchg")
+        if imm == ebpf.CMPXCHG:
+            pair = body.value(
+                f"cmpxchg ptr {pointer}, {kind} {compared}, {kind} {operand} seq_cst seq_cst, align {size}"
+            )
+            first = body.value(f"extractvalue {{ {kind}, i1 }} {pair}, 0")
+        else:
+            first = body.value(f"atomicrmw {operation} ptr {pointer}, {kind} {operand} seq_cst, align {size}")
+        body.emit(f"br label %{joined}")
+        with body.aside(split):
+            second = body.value(f"load {kind}, ptr {pointer}, align 1")
+            new = operand
+            if imm == ebpf.CMPXCHG:
+                same = body.value(f"icmp eq {kind} {second}, {compared}")
+                new = body.value(f"select i1 {same}, {kind} {operand}, {kind} {second}")
+            elif operation != "xchg":
+                new = body.value(f"{operation} {kind} {second}, {operand}")
+            body.emit(f"store {kind} {new}, ptr {pointer}, align 1")
+            body.emit(f"br label %{joined}")
+        body.place(joined)
+        return body.value(f"phi {kind} [ {first}, %{aligned} ], [ {second}, %{split} ]")
+
+    # Places.
+
+    def _in_frame(self, at: int) -> str:
+        return self.body.value(f"getelementptr i8, ptr %frame, i64 {at}")
+
+    def _plain_load(self, pointer: str, size: int) -> str:
+        if size == 8:
+            return self.body.value(f"load i64, ptr {pointer}, align 1")
+        narrow = self.body.value(f"load i{8 * size}, ptr {pointer}, align 1")
+        return self.body.value(f"zext i{8 * size} {narrow} to i64")
+
+    def _address(self, base: int, off: int) -> str:
+        return self.body.value(f"add i64 {self.body.get(base)}, {off}") if off else self.body.get(base)
+
+    def _find(self, address: str, size: int, *rights: str) -> tuple[str, str, str]:
+        """Look an address up and go on where it was found; returns the host pointer, and both blocks' labels."""
+        body = self.body
+        number = body.value(f"lshr i64 {address}, 32")
+        index = body.value(f"and i64 {number}, {TABLE_SIZE - 1}")
+        entry = body.value(f"getelementptr [4 x i64], ptr %table, i64 {index}")
+        held = body.value(f"load i64, ptr {entry}")
+        good = body.value(f"icmp eq i64 {held}, {number}")
+        offset = body.value(f"and i64 {address}, 4294967295")
+        last = body.value(f"add nuw nsw i64 {offset}, {size}")
+        for right in rights:
+            word = body.value(f"getelementptr i64, ptr {entry}, i64 {2 if right == 'readable' else 3}")
+            limit = body.value(f"load i64, ptr {word}")
+            good = body.value(f"and i1 {good}, {body.value(f'icmp ule i64 {last}, {limit}')}")
+        missed, usual = body.unlikely(good)
+        body.place(usual)
+        where = body.value(f"getelementptr i64, ptr {entry}, i64 1")
+        base = body.value(f"load ptr, ptr {where}")
+        return body.value(f"getelementptr i8, ptr {base}, i64 {offset}"), missed, usual
+
+    def _ask(self, pc: int, kind: int, address: str, size: int, value: str) -> tuple[str, str]:
+        """Leave an access to Python; goes on only if it did not fault, in the block that is returned."""
+        body = self.body
+        got = body.value(
+            f"call i64 inttoptr (i64 {self.callback} to ptr)(ptr %run, i64 {pc}, i64 {kind}, i64 {address},"
+            f" i64 {size}, i64 {value})"
+        )
+        return got, check_status(body)
+
+    def _context_field(self, pc: int, offset: int, size: int) -> str:
+        """A context's field: from the slots where Python has filled them in, else from Python, which fills them in."""
+        body = self.body
+        slot = self.slots.setdefault((offset, size), len(self.slots))
+        valid = body.value(f"icmp ne i64 {body.load_field('slots_valid')}, 0")
+        missed, usual = body.unlikely(valid)
+        body.place(usual)
+        slots = body.value(f"inttoptr i64 {body.load_field('slots')} to ptr")
+        hit = body.value(f"load i64, ptr {body.value(f'getelementptr i64, ptr {slots}, i64 {slot}')}")
+        return self._joined(usual, hit, missed, pc, LOAD, str((CONTEXT_REGION << 32) + offset), size)
+
+
+def check_status(body: Body) -> str:
+    """Leave the function if Python has a fault or an exception to raise; returns the block that goes on."""
+    status = body.load_field("status")
+    fine, out = body.label(), body.label()
+    clean = body.value(f"icmp eq i64 {status}, 0")
+    body.emit(f"br i1 {clean}, label %{fine}, label %{out}, !prof !0")
+    body.place(out)
+    body.emit("br label %faulted")
+    body.place(fine)
+    return fine

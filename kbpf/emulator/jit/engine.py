@@ -1,0 +1,54 @@
+"""llvmlite's part: IR to code in memory. Imported when a program is first compiled."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from typing import Any
+
+PRELUDE = """
+declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+declare i16 @llvm.bswap.i16(i16)
+declare i32 @llvm.bswap.i32(i32)
+declare i64 @llvm.bswap.i64(i64)
+!0 = !{!"branch_weights", i32 1000, i32 1}
+"""
+_lock = threading.Lock()
+
+
+@cache
+def _llvm() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm
+
+
+@cache
+def _host() -> tuple[Any, str, str]:
+    llvm = _llvm()
+    return llvm.Target.from_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+class Compiled:
+    """Code in memory, for as long as this is held."""
+
+    def __init__(self, text: str, level: int = 2) -> None:
+        llvm = _llvm()
+        # LLVM's context and its passes are not for several threads at once.
+        with _lock:
+            module = llvm.parse_assembly(PRELUDE + text)
+            target, cpu, features = _host()
+            machine = target.create_target_machine(cpu=cpu, features=features, opt=level, jit=True)
+            options = llvm.create_pipeline_tuning_options(speed_level=level)
+            options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+            builder = llvm.create_pass_builder(machine, options)
+            builder.getModulePassManager().run(module, builder)
+            self._engine = llvm.create_mcjit_compiler(module, machine)
+            self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Where a function is in memory."""
+        return int(self._engine.get_function_address(name))

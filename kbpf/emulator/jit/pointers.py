@@ -1,0 +1,160 @@
+"""Which registers hold an address that is known when a program is compiled.
+
+A register that comes from R1 or R10 (or a map's handle) by moves and additions of constants holds a known address
+whatever happened before, so that accesses through it need no check at run time. Everything else is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from kbpf.emulator.checks import jump_target
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+
+CONTEXT, STACK, HANDLE = "context", "stack", "handle"
+
+
+class Pointer(NamedTuple):
+    """`offset` counts from the context's start or the function's frame pointer; of a handle, it is its address.
+
+    None: the register may point there, or hold something else.
+    """
+
+    kind: str
+    offset: int | None
+
+
+#: A pointer or None for each register.
+Registers: TypeAlias = "tuple[Pointer | None, ...]"
+
+_UNKNOWN: Registers = (None,) * ebpf.REGISTERS
+_SOMEWHERE = Pointer(STACK, None)
+_MOVE = ebpf.ALU64 | ebpf.MOV | ebpf.X
+_ADD, _SUB = ebpf.ALU64 | ebpf.ADD | ebpf.K, ebpf.ALU64 | ebpf.SUB | ebpf.K
+#: Far more than any region holds.
+_FAR = 1 << 20
+
+
+def follow(
+    instructions: Sequence[Instruction], start: int, end: int, handles: Mapping[int, int], main: bool
+) -> dict[int, Registers]:
+    """The registers before each instruction of one function that can be reached.
+
+    `handles` are the addresses that 64-bit immediate loads of maps give, by index. `main` says that R1 is the context.
+    """
+    first = list(_UNKNOWN)
+    first[ebpf.FP] = Pointer(STACK, 0)
+    if main:
+        first[1] = Pointer(CONTEXT, 0)
+    known: dict[int, Registers] = {}
+    todo: list[tuple[int, Registers]] = [(start, tuple(first))]
+    while todo:
+        pc, registers = todo.pop()
+        before = known.get(pc)
+        if before is not None:
+            merged = tuple(map(_merged, before, registers))
+            if merged == before:
+                continue
+            registers = merged
+        known[pc] = registers
+        instruction = instructions[pc]
+        after = _after(pc, instruction, registers, handles)
+        if instruction.opcode == ebpf.JMP | ebpf.EXIT:
+            continue
+        target = jump_target(pc, instruction)
+        if target is not None:
+            todo.append((target, after))
+        if instruction.opcode not in (ebpf.JMP | ebpf.JA, ebpf.JMP32 | ebpf.JA):
+            following = pc + (2 if instruction.opcode == ebpf.LD_IMM64 else 1)
+            if following < end:
+                todo.append((following, after))
+    return known
+
+
+def _merged(one: Pointer | None, other: Pointer | None) -> Pointer | None:
+    if one == other:
+        return one
+    return _SOMEWHERE if STACK in (one and one.kind, other and other.kind) else None
+
+
+def _after(pc: int, instruction: Instruction, registers: Registers, handles: Mapping[int, int]) -> Registers:
+    opcode, dst, src, off, imm = instruction
+    kind = opcode & 7
+    held: Pointer | None = None
+    if kind in (ebpf.ALU, ebpf.ALU64):
+        base = registers[dst]
+        if opcode == _MOVE and not off:
+            held = registers[src]
+        elif opcode in (_ADD, _SUB) and base is not None and base.kind != HANDLE and base.offset is not None:
+            moved = base.offset + (imm if opcode == _ADD else -imm)
+            held = base._replace(offset=moved if abs(moved) < _FAR else None)
+        elif (points_to_stack(base) and opcode & 0xF0 != ebpf.MOV) or (
+            opcode & ebpf.X and points_to_stack(registers[src])
+        ):
+            held = _SOMEWHERE
+        return _with(registers, dst, held)
+    if opcode == ebpf.LD_IMM64:
+        return _with(registers, dst, Pointer(HANDLE, handles[pc]) if pc in handles else None)
+    if kind == ebpf.LDX:
+        return _with(registers, dst, None)
+    if kind == ebpf.LD:
+        return _with(registers, 0, None)
+    if opcode == ebpf.JMP | ebpf.CALL:
+        return _with(registers, 0, None)
+    if kind == ebpf.STX and opcode & 0xE0 == ebpf.ATOMIC:
+        if imm == ebpf.LOAD_ACQ:
+            return _with(registers, dst, None)
+        if imm == ebpf.CMPXCHG:
+            return _with(registers, 0, None)
+        if imm & ebpf.FETCH:
+            return _with(registers, src, None)
+    return registers
+
+
+def _with(registers: Registers, number: int, held: Pointer | None) -> Registers:
+    return (*registers[:number], held, *registers[number + 1 :])
+
+
+def points_to_stack(held: Pointer | None) -> bool:
+    """Whether it points there, or may."""
+    return held is not None and held.kind == STACK
+
+
+def at_frame(held: Pointer | None, off: int, size: int) -> int | None:
+    """Where in its frame, of `ebpf.STACK_SIZE` bytes, an access lies; None where that is not known, or is outside."""
+    if held is None or held.kind != STACK or held.offset is None:
+        return None
+    at = ebpf.STACK_SIZE + held.offset + off
+    return at if 0 <= at <= ebpf.STACK_SIZE - size else None
+
+
+def stack_escapes(instructions: Sequence[Instruction], known: Mapping[int, Registers], key_reads: set[int]) -> bool:
+    """Whether a function's frame may be reached other than by accesses at known places within it.
+
+    `key_reads` are the calls that do nothing with a frame but read four bytes at R2.
+    """
+    for pc, registers in known.items():
+        opcode, dst, src, off, imm = instructions[pc]
+        kind = opcode & 7
+        if kind in (ebpf.LDX, ebpf.ST, ebpf.STX):
+            acquires = kind == ebpf.STX and opcode & 0xE0 == ebpf.ATOMIC and imm == ebpf.LOAD_ACQ
+            base = registers[src if kind == ebpf.LDX or acquires else dst]
+            if points_to_stack(base) and at_frame(base, off, size_of(opcode)) is None:
+                return True
+            stored = (src, 0) if imm == ebpf.CMPXCHG else (src,)
+            if kind == ebpf.STX and not acquires and any(points_to_stack(registers[number]) for number in stored):
+                return True
+        elif opcode == ebpf.JMP | ebpf.CALL:
+            if pc in key_reads:
+                if points_to_stack(registers[2]) and at_frame(registers[2], 0, 4) is None:
+                    return True
+            elif any(map(points_to_stack, registers[1:6])):
+                return True
+    return False
+
+
+def size_of(opcode: int) -> int:
+    """Bytes that a load or store moves."""
+    return {ebpf.B: 1, ebpf.H: 2, ebpf.W: 4, ebpf.DW: 8}[opcode & 0x18]

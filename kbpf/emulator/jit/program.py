@@ -1,0 +1,107 @@
+"""A program in native code: compiled from what the interpreter linked, and the sessions that it runs in."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from kbpf.emulator.interpreter import Code, Context, Linked, Subject
+from kbpf.emulator.jit import emit
+from kbpf.emulator.jit.callbacks import CALLBACKS, SESSIONS
+from kbpf.emulator.jit.engine import Compiled
+from kbpf.emulator.jit.session import Session
+from kbpf.emulator.maps.array import Array
+from kbpf.emulator.memory import REGIONS
+from kbpf.emulator.packet import Packet
+from kbpf.isa import cbpf
+
+_MAIN = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p)
+_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, *[ctypes.c_uint64] * 6)
+
+_NO_ARGUMENTS = "i64 0, i64 0, i64 0, i64 0, i64 0, i64 0"
+_ENTRIES = f"""
+define i64 @main(ptr %run) {{
+  %r = call i64 @f0(ptr %run, {_NO_ARGUMENTS})
+  ret i64 %r
+}}
+"""
+
+
+class NativeProgram:
+    """Runs what the interpreter's `Code` runs, with the same results; see `supports`.
+
+    It does not hold the code, which holds it.
+    """
+
+    def __init__(self, code: Code) -> None:
+        assert code.linked is not None
+        linked = code.linked
+        self.helpers = linked.helpers
+        self.tail_target = linked.tail_target
+        self.ancillary = {cbpf.AD_OFF + offset: load for offset, load in linked.ancillary.items()}
+        source = source_of(linked)
+        self._compiled = Compiled(emit.program(source, CALLBACKS) + _ENTRIES)
+        #: The context's fields that it reads at known places, by (offset, size), and whether Python sees its stack.
+        self.slots, self.escapes = source.slots, source.escapes
+        self.main = self._compiled.address("f0")
+        self._main = _MAIN(self._compiled.address("main"))
+        self._functions: dict[int, Callable[..., int]] = {}
+        #: Memory that stays where it is as long as the program: values of arrays.
+        self.regions = [found.values for found in source.handles.values() if isinstance(found, Array)]
+        for address in linked.constants.values():
+            region = REGIONS.get(address >> 32)
+            if region is not None and region.owner is None and region.fields is None:
+                self.regions.append(region)
+        self._free: list[Session] = []
+
+    def slot_array(self) -> Any:
+        return (ctypes.c_uint64 * max(len(self.slots), 1))()
+
+    def call(self, function: int, run: int, arguments: tuple[int, ...], depth: int) -> int:
+        """Call one of its functions, that starts at an instruction, with five arguments; returns R0."""
+        if function not in self._functions:
+            self._functions[function] = _FUNCTION(self._compiled.address(f"f{function}"))
+        return self._functions[function](run, *arguments, depth)
+
+    def execute(
+        self,
+        code: Code,
+        subject: Subject,
+        packet: Packet | None,
+        data: Any,
+        length: int = 0,
+        context: Context | None = None,
+    ) -> int:
+        """The low 32 bits of R0, as `Run.execute` gives them for the code that this was made of."""
+        session = self._session()
+        try:
+            session.begin(self, code, subject, packet, data, length, context)
+            return session.finish(self._main(session.address))
+        finally:
+            session.clear()
+            self._free.append(session)
+
+    def _session(self) -> Session:
+        try:
+            return self._free.pop()
+        except IndexError:
+            session = Session(self)
+            SESSIONS[session.address] = session
+            return session
+
+
+def source_of(linked: Linked) -> emit.Source:
+    """What is compiled, from what was linked."""
+    handles = {}
+    for address in linked.constants.values():
+        region = REGIONS.get(address >> 32)
+        owner = None if region is None or region.owner is None else region.owner()
+        if owner is not None:
+            handles[address] = owner
+    return emit.Source(linked.instructions, linked.constants, handles, bool(linked.ancillary))
+
+
+def supports(code: Code) -> bool:
+    """Whether code can be compiled: not where functions other than the main one make tail calls."""
+    return code.linked is not None and source_of(code.linked).supported()
