@@ -2,22 +2,28 @@
 
 The emulated network is for tests and for programs without privileges: `inject` puts frames on an interface,
 `add_interface` and `add_pair` make more of them, and ``KBPF_EMULATED_CAPTURE=FILE`` plays a capture. `environment` is
-the machine around the programs, as a test sets it; a `ManualClock` makes its time repeatable.
+the machine around the programs, as a test sets it; a `ManualClock` makes its time repeatable. `run_program` runs a
+program that Linux runs on events of its own, over a context and a `Sock` that a test makes.
 """
 
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
+from kbpf.emulator.events import EventRun, run_program
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.network import Network, add_interface, add_pair, current, inject, reset
+from kbpf.emulator.sock import Sock
 
 __all__ = [
     "EmulatedInterface",
+    "EventRun",
     "ManualClock",
     "Network",
+    "Sock",
     "add_interface",
     "add_pair",
     "current",
     "environment",
     "inject",
     "reset",
+    "run_program",
 ]

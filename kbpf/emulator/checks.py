@@ -25,14 +25,18 @@ def invalid(message: str, number: int = errno.EINVAL) -> LoadRefused:
     return LoadRefused(number, message + "\n")
 
 
+def check_length(instructions: Sequence[Instruction]) -> None:
+    """Raise `LoadRefused` (E2BIG) for no instructions at all, or too many."""
+    if not 1 <= len(instructions) <= MOST_INSTRUCTIONS:
+        raise LoadRefused(errno.E2BIG, "")
+
+
 def check(instructions: Sequence[Instruction], may_load_packet: bool = True) -> None:
     """Raise `LoadRefused` where the kernel would, for what shows without following values.
 
     `may_load_packet` says that the program's type has LD_ABS and LD_IND.
     """
-    count = len(instructions)
-    if not 1 <= count <= MOST_INSTRUCTIONS:
-        raise LoadRefused(errno.E2BIG, "")
+    check_length(instructions)
     starts = _function_starts(instructions)
     _check_jumps(instructions, starts)
     seconds = _check_wide_loads(instructions)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 from kbpf.backend import Engine, LoadRefused, object_name
-from kbpf.emulator import calls, checks, engines, helpers
+from kbpf.emulator import attach_types, calls, checks, engines, helpers
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
@@ -79,11 +79,14 @@ class Program:
         self.type = spec.type
         self.budget = budget
         self.gpl_compatible = spec.license in helpers.GPL_COMPATIBLE
+        if spec.flags & ~_FLAGS:
+            raise LoadRefused(errno.EINVAL, "")
+        checks.check_length(spec.instructions)
+        #: Where it expects to be attached: a number of `kbpf.uapi.enums.ATTACH_TYPES`.
+        self.attach_type = attach_types.expected(spec)
         if spec.type not in helpers.ALLOWED:
             if spec.type in PROG_TYPES and spec.type != "unspec":
                 raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
-            raise LoadRefused(errno.EINVAL, "")
-        if spec.flags & ~_FLAGS:
             raise LoadRefused(errno.EINVAL, "")
         self.name = object_name(spec.name)
         checks.check(spec.instructions, spec.type in LOADS_PACKET)
@@ -93,7 +96,7 @@ class Program:
         constants = self._resolve(maps, map_of)
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
-                helpers.check(imm, spec.type, self.gpl_compatible)
+                helpers.check(imm, spec.type, self.attach_type, self.gpl_compatible)
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.code.program = weakref.ref(self)
         self.code.engine = engine

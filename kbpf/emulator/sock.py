@@ -66,6 +66,9 @@ class Sock:
     listener: Sock | None = None
     #: The group that it shares its port with (SO_REUSEPORT).
     reuseport: ReuseportGroup | None = None
+    #: What sock_ops programs are asked about the socket (BPF_SOCK_OPS_*_CB_FLAG), and the hash that it sends with.
+    sock_ops_cb_flags: int = 0
+    tx_hash: int = 0
     #: What ``struct bpf_tcp_sock`` shows, by field; what is not there is 0.
     tcp: dict[str, int] = field(default_factory=dict)
 

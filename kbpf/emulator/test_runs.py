@@ -8,10 +8,14 @@ from typing import TypeAlias
 from kbpf.backend import RawRun
 from kbpf.emulator import flow_dissector, sk_lookup, test_run, test_run_xdp
 from kbpf.emulator.context import ACCESS
+from kbpf.emulator.maps.base import refused
 from kbpf.emulator.program import Program
 
 #: Takes the program, data, context and how often to run; raises `OSError` with the kernel's errno.
 Runner: TypeAlias = Callable[[Program, bytes, bytes, int], RawRun]
+
+#: The kernel's own ENOTSUPP, which has no name outside.
+_NOT_SUPPORTED = 524
 
 RUNNERS: dict[str, Runner] = {
     **dict.fromkeys(ACCESS, test_run.run),
@@ -23,4 +27,7 @@ RUNNERS: dict[str, Runner] = {
 
 def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
-    return RUNNERS[program.type](program, data, context, repeat)
+    runner = RUNNERS.get(program.type)
+    if runner is None:
+        raise refused(_NOT_SUPPORTED)
+    return runner(program, data, context, repeat)

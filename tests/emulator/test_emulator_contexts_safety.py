@@ -8,8 +8,11 @@ import pytest
 from sides import FRAME
 
 from kbpf.backend import LoadRefused
-from kbpf.emulator import helpers, test_runs
+from kbpf.emulator import events, helpers, test_runs
+from kbpf.emulator.attach_types import EXPECTED
 from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.helpers.allowed import allowed
+from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
@@ -24,8 +27,8 @@ LEFT_OUT = {HELPERS["tail_call"]}
 NUMBERS = (0, 1, 2, 4, 8, 14, 16, 64, 255, 512, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, -1, -8)
 
 
-def wild_calls(rng: Random, program_type: str, map_fd: int) -> list[Instruction]:
-    callable_ones = sorted(helpers.ALLOWED[program_type] & set(helpers.functions(program_type)) - LEFT_OUT)
+def wild_calls(rng: Random, program_type: str, attach_type: int, map_fd: int) -> list[Instruction]:
+    callable_ones = sorted(allowed(program_type, attach_type) & set(helpers.functions(program_type)) - LEFT_OUT)
     out = [I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 6, 1)]
     for _ in range(rng.randrange(1, 6)):
         for register in range(1, 6):
@@ -50,12 +53,25 @@ def test_wild_calls(program_type: str) -> None:
     backend = EmulatorBackend()
     map_fd = backend.map_create(MapSpec(type="array", key_size=4, value_size=8, max_entries=2))
     context = b"" if program_type != "sk_lookup" else bytes(8) + b"\2" + bytes(63)
+    attach_type = min(EXPECTED.get(program_type, {0}))
+    ran = 0
     for number in range(PROGRAMS):
         rng = Random(f"{program_type}/{number}")
         try:
-            spec = ProgramSpec(type=program_type, instructions=tuple(wild_calls(rng, program_type, map_fd)))
+            spec = ProgramSpec(
+                type=program_type,
+                instructions=tuple(wild_calls(rng, program_type, attach_type, map_fd)),
+                expected_attach_type=attach_type,
+            )
             program = Program(spec, [], backend.map, 3000)
-            test_runs.run(program, FRAME if program_type != "sk_lookup" else b"", context, 1)
-        except (EmulationFault, LoadRefused):
+            if program_type in events.MAKERS:
+                events.run_event(program, packet=Packet(buffer=FRAME[34:]))
+            else:
+                test_runs.run(program, FRAME if program_type != "sk_lookup" else b"", context, 1)
+            ran += 1
+        except EmulationFault:
+            ran += 1
+        except LoadRefused:
             pass
+    assert ran
     backend.close(map_fd)

@@ -31,7 +31,7 @@ from kbpf.emulator.helpers import (
     xdp,
 )
 from kbpf.emulator.helpers.allowed import ALLOWED as ALLOWED
-from kbpf.emulator.helpers.allowed import GPL_ONLY, SLEEPING
+from kbpf.emulator.helpers.allowed import GPL_ONLY, SLEEPING, allowed
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
 from kbpf.uapi.enums import HELPERS
 
@@ -75,12 +75,12 @@ def functions(program_type: str) -> Mapping[int, HelperFunction]:
     return FUNCTIONS | _OF_TYPE.get(program_type, {})
 
 
-def check(helper: int, program_type: str, gpl: bool) -> None:
+def check(helper: int, program_type: str, attach_type: int, gpl: bool) -> None:
     """Raise `LoadRefused` if such a program may not call the helper, or the emulator does not have it."""
-    if helper <= 0 or helper not in NAMES:
+    if helper and helper not in NAMES:
         raise invalid(f"invalid func unknown#{helper}")
-    name = f"bpf_{NAMES[helper]}#{helper}"
-    if helper not in ALLOWED[program_type]:
+    name = f"bpf_{NAMES.get(helper, 'unspec')}#{helper}"
+    if helper not in allowed(program_type, attach_type):
         raise invalid(f"program of this type cannot use helper {name}")
     if helper in GPL_ONLY and not gpl:
         raise invalid("cannot call GPL-restricted function from non-GPL compatible program")

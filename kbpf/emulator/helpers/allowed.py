@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kbpf.uapi.enums import ATTACH_TYPES
+
 
 def _ids(text: str) -> frozenset[int]:
     """The numbers of ``"1-3,5"``."""
@@ -19,6 +21,11 @@ _SCHED = _BASE | _ids(
     "9-11,13,18-21,23-26,28-34,38-41,43,46-48,50,66,68-69,79,83-86,95-100,107-108,110,122,124,135,151-152,155,163,192,"
     "204-207"
 )
+#: What nothing but programs of the network call: ways from a socket to what it is.
+_SKC = _ids("136-140,178,196")
+#: Programs of control groups.
+_CGROUP = _BASE | _ids("25,81,186-187")
+#: By type, for whatever attach type.
 ALLOWED: dict[str, frozenset[int]] = {
     "socket_filter": _BASE | _ids("25-26,46-47,68,122"),
     "sched_cls": _SCHED,
@@ -30,7 +37,33 @@ ALLOWED: dict[str, frozenset[int]] = {
     "lwt_xmit": _LWT | _ids("9-11,13,20-21,23,29-30,38,40-41,43,73,135"),
     "flow_dissector": _BASE | _ids("26"),
     "sk_lookup": _BASE | _ids("25,86,124"),
+    "cgroup_sock": (_CGROUP | _ids("46,107,122")) - _SKC,
+    "cgroup_sock_addr": _CGROUP | _ids("46,49,57,64,84-86,99,107-108,122"),
+    "sock_ops": _CGROUP | _ids("46,49,53,57,59,70,96,107-108,122,142-144"),
+    "sk_reuseport": (_BASE | _ids("26,46,68,82")) - _SKC,
 }
+_CONNECT = frozenset(ATTACH_TYPES[name] for name in ("cgroup_inet4_connect", "cgroup_inet6_connect"))
+_SETSOCKOPT = frozenset((ATTACH_TYPES["cgroup_setsockopt"],))
+#: Helpers that only programs for some attach types may call: bpf_bind, and those of one direction of socket options.
+_ONLY_AT = {("cgroup_sock_addr", 64): _CONNECT, **{("cgroup_sockopt", id): _SETSOCKOPT for id in (49, 57)}}
+#: Where there is no value to give the system call, programs have neither bpf_get_retval nor bpf_set_retval.
+_RETVAL = _ids("186-187")
+_NO_RETVAL = frozenset(
+    number
+    for name, number in ATTACH_TYPES.items()
+    if name in ("cgroup_inet_ingress", "cgroup_inet_egress", "cgroup_sock_ops")
+    or (name.startswith("cgroup_") and name.endswith(("recvmsg", "getpeername", "getsockname")))
+)
+
+
+def allowed(program_type: str, attach_type: int) -> frozenset[int]:
+    """The helpers of programs that expect to be attached there."""
+    ids = ALLOWED[program_type]
+    if attach_type in _NO_RETVAL:
+        ids -= _RETVAL
+    return ids - {id for (type, id), at in _ONLY_AT.items() if type == program_type and attach_type not in at}
+
+
 #: What only GPL-compatible programs may call, of whatever type.
 GPL_ONLY = _ids("6,22,25,35,55,69,100,110,112-115,158,163,165,169-172,175-177,191,204-207")
 #: What may sleep, as these programs may not.
