@@ -7,7 +7,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,10 @@ class Environment:
     route_realm: int = 0
     #: What a flow's hash is made by, of the packet from offset 0 on.
     flow_hash: Callable[[bytes], int] = zlib.crc32
+    #: The kernel's BTF, by which programs name its variables and types; None: the running kernel's, where it has one.
+    kernel_btf: bytes | None = None
+    #: Per-CPU variables of the kernel by name: for each processor the bytes.
+    kernel_variables: dict[str, Sequence[bytes | bytearray]] = field(default_factory=dict)
     #: Network devices by index, routes, and link addresses of neighbours by IP address.
     interfaces: dict[int, Device] = field(default_factory=lambda: {1: Device(mtu=65536)})
     routes: list[Route] = field(default_factory=list)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 from kbpf.backend import Engine, LoadRefused, object_name
-from kbpf.emulator import attach_types, calls, checks, engines, helpers
+from kbpf.emulator import attach_types, calls, checks, engines, helpers, ksyms
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
@@ -93,6 +93,8 @@ class Program:
         calls.check(spec)
         #: In order of first use; the program keeps them.
         self.maps: list[Map] = []
+        #: Variables and functions of the kernel that it refers to.
+        self.kernel_symbols: list[ksyms.Symbol] = []
         constants = self._resolve(maps, map_of)
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
@@ -129,7 +131,10 @@ class Program:
                 constants[pc] = pc + 1 + imm
                 continue
             if src == ebpf.PSEUDO_BTF_ID:
-                raise invalid("the emulator has no kernel variables", errno.EOPNOTSUPP)
+                symbol = ksyms.resolve(imm, instructions[pc + 1].imm)
+                self.kernel_symbols.append(symbol)
+                constants[pc] = symbol.handle.address
+                continue
             offset = instructions[pc + 1].imm & 0xFFFFFFFF
             constants[pc] = self._map_constant(self._map(src, imm, maps, map_of), src, offset)
         return constants

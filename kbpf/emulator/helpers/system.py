@@ -6,11 +6,13 @@ import errno
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import HelperFunction, Run
-from kbpf.emulator.memory import M32, M64
+from kbpf.emulator.memory import FIRST_SHARED, M32, M64, REGIONS
 from kbpf.errors import EmulationFault
 
 _NANOSECONDS = 1_000_000_000
 _TYPE_NAMESPACE = 8
+#: User space has the lower half of x86-64's 48-bit addresses.
+_USER_BITS = 47
 
 
 def get_current_comm(run: Run, buffer: int, size: int, *_: int) -> int:
@@ -50,9 +52,10 @@ def _probe(run: Run, to: int, size: int, read: bytes | None, failed: int = errno
     return -failed if read is None else 0
 
 
-def _no_kernel_memory(address: int) -> int:
-    """Why a read failed: small numbers are no addresses of the kernel's at all."""
-    return errno.EFAULT if address >> 32 else errno.ERANGE
+def no_kernel_memory(address: int) -> int:
+    """Why a read failed: what is no region of ours and lies where user space would be is no address of the kernel's."""
+    number = address >> 32
+    return errno.EFAULT if address >> _USER_BITS or 0 < number < FIRST_SHARED or number in REGIONS else errno.ERANGE
 
 
 def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> int:
@@ -62,7 +65,7 @@ def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> in
     try:
         return _probe(run, to, size, run.read(address, size))
     except EmulationFault:
-        return _probe(run, to, size, None, _no_kernel_memory(address))
+        return _probe(run, to, size, None, no_kernel_memory(address))
 
 
 def probe_read_user(run: Run, to: int, size: int, address: int, *_: int) -> int:
@@ -80,7 +83,7 @@ def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -
         while len(out) + 1 < size and (byte := run.load(address + len(out), 1)):
             out.append(byte)
     except EmulationFault:
-        return _probe(run, to, size, None, _no_kernel_memory(address))
+        return _probe(run, to, size, None, no_kernel_memory(address))
     run.write(to, (bytes(out) + b"\0")[:size])
     return len(out) + 1 if size else 0
 
