@@ -50,6 +50,7 @@ _READ: dict[str, Callable[[Packet], int]] = {
     "tstamp": lambda packet: packet.tstamp,
     "tstamp_type": lambda packet: packet.tstamp_type,
     "hwtstamp": lambda packet: packet.hwtstamp,
+    "sk": lambda packet: 0 if packet.socket is None else packet.socket.address,
     "family": lambda packet: _socket(packet).family,
     # In network order, in the field's upper half.
     "remote_port": lambda packet: socket.htons(_socket(packet).remote_port) << 16,
@@ -62,7 +63,7 @@ _READ: dict[str, Callable[[Packet], int]] = {
 _WRITE = {"mark": 4, "priority": 4, "tc_index": 2, "tc_classid": 2, "queue_mapping": 2, "tstamp": 8}
 _ATTRIBUTE = {"queue_mapping": "queue"}
 #: Read whole or not at all.
-_WHOLE = ("data", "data_meta", "data_end", "tstamp", "tstamp_type", "hwtstamp")
+_WHOLE = ("data", "data_meta", "data_end", "tstamp", "tstamp_type", "hwtstamp", "sk")
 #: Addresses of the packet's socket: which of them, of which family.
 _ENDS = {
     "remote_ip4": ("remote", socket.AF_INET),

@@ -66,9 +66,7 @@ class Environment:
     signals: list[int] = field(default_factory=list)
     #: Its memory, by address and size; None where there is none.
     user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
-    #: The socket that packets belong to, and its network namespace.
-    socket_cookie: int = 1
-    socket_uid: int = 0
+    #: The network namespace.
     netns_cookie: int = 1
     #: The realm of a packet's route.
     route_realm: int = 0

@@ -89,6 +89,8 @@ class Packet:
     tunnel: Tunnel | None = None
     #: The socket that it belongs to (``skb->sk``).
     socket: Sock | None = None
+    #: Whether traffic control sees it on its way in.
+    at_ingress: bool = False
     #: Where a program has redirected the packet, and copies that it sent: (interface index, flags), and the bytes.
     redirected: tuple[int, int] | None = None
     copies: list[tuple[int, int, bytes]] = field(default_factory=list)

@@ -24,14 +24,15 @@ from kbpf.uapi.structs import STRUCTS
 if TYPE_CHECKING:
     from kbpf.emulator.socket_table import ReuseportGroup
 
-#: Where ``struct bpf_tcp_sock`` starts, counted from a socket's address.
-TCP = 0x1000
+#: Counted from a socket's address: where ``struct bpf_tcp_sock`` starts, and the kernel's own structure, which is not
+#: shown.
+TCP, STRUCTURE = 0x1000, 0x2000
 ANY4, ANY6 = bytes(4), bytes(16)
 _ANY = {int(socket.AF_INET): ANY4, int(socket.AF_INET6): ANY6}
 #: How IPv6 addresses start that stand for IPv4 ones.
 MAPPED = bytes(10) + b"\xff\xff"
-#: What the kernel keeps as the IPv4 address of a socket that is bound to an IPv6 address (LOOPBACK4_IPV6).
-_NOT_IPV4 = bytes((127, 0, 0, 6))
+#: What the kernel keeps as the IPv4 address of a socket that has an IPv6 one.
+LOOPBACK4_IPV6 = bytes((127, 0, 0, 6))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,6 +57,8 @@ class Sock:
     state: int = BPF_TCP_CLOSE
     #: The queue that its packets came in by; None where none is noted.
     rx_queue_mapping: int | None = None
+    #: Whether the other side has connected to it.
+    accepted: bool = False
     #: IPV6_V6ONLY.
     v6only: bool = False
     uid: int = 0
@@ -101,25 +104,45 @@ class Sock:
         counted = self.protocol == socket.IPPROTO_TCP or self.family not in (socket.AF_INET, socket.AF_INET6)
         return not self.full or (counted and self.state != BPF_TCP_LISTEN)
 
+    # What the kernel keeps of addresses beside those of the family: IPv4 ones of AF_INET6 sockets and the reverse.
+
     @property
     def local4(self) -> bytes:
-        """Its address as IPv4 packets meet it; a socket of AF_INET6 takes them too."""
-        return _as_ipv4(self.local)
+        kept = as_ipv4(self.local)
+        # A socket that no protocol has bound (a test run's) has kept nothing.
+        return kept if kept is not None else LOOPBACK4_IPV6 if self.protocol else ANY4
 
     @property
     def remote4(self) -> bytes:
-        return _as_ipv4(self.remote)
+        kept = as_ipv4(self.remote)
+        return kept if kept is not None else LOOPBACK4_IPV6 if self.accepted else ANY4
+
+    @property
+    def local6(self) -> bytes:
+        return self._as_ipv6(self.local)
+
+    @property
+    def remote6(self) -> bytes:
+        return self._as_ipv6(self.remote)
+
+    def _as_ipv6(self, address: bytes) -> bytes:
+        if self.family == socket.AF_INET6:
+            return address
+        connected = self.protocol == socket.IPPROTO_TCP and any(self.remote) and self.state != BPF_TCP_TIME_WAIT
+        return MAPPED + address if self.family == socket.AF_INET and connected else ANY6
 
 
-_cookies = itertools.count(1)
+#: Beyond those that Linux gives.
+_cookies = itertools.count(1 << 48)
 
 
-def _as_ipv4(address: bytes) -> bytes:
+def as_ipv4(address: bytes) -> bytes | None:
+    """A packed address as IPv4 packets meet it, who reach sockets of AF_INET6 too; None for one of IPv6's own."""
     if address.startswith(MAPPED):
         return address[12:]
     if not any(address):
         return ANY4
-    return address if len(address) == 4 else _NOT_IPV4
+    return address if len(address) == 4 else None
 
 
 class _Shown:
@@ -158,11 +181,6 @@ def _part(attribute: str, word: int) -> Callable[[Sock], int]:
     return lambda sock: int.from_bytes(getattr(sock, attribute)[4 * word : 4 * word + 4], sys.byteorder)
 
 
-def _part6(attribute: str, word: int) -> Callable[[Sock], int]:
-    read = _part(attribute, word)
-    return lambda sock: read(sock) if sock.family == socket.AF_INET6 else 0
-
-
 def _rx_queue(sock: Sock) -> int:
     return M32 if sock.rx_queue_mapping is None else sock.rx_queue_mapping
 
@@ -186,8 +204,8 @@ _AT = {
         "rx_queue_mapping": _Word(_rx_queue),
     }.items()
 } | {
-    _LAYOUT[name].offset + 4 * word: _Word(_part6(attribute, word), starts=4)
-    for name, attribute in (("src_ip6", "local"), ("dst_ip6", "remote"))
+    _LAYOUT[name].offset + 4 * word: _Word(_part(attribute, word), starts=4)
+    for name, attribute in (("src_ip6", "local6"), ("dst_ip6", "remote6"))
     for word in range(4)
 }
 #: Fields of ``struct bpf_sock`` that programs of some types may set, by offset; all 4 bytes.

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.sock import ANY4, ANY6, MAPPED, Sock
+from kbpf.emulator.sock import ANY4, ANY6, LOOPBACK4_IPV6, Sock, as_ipv4
 from kbpf.uapi.constants import BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_LISTEN
 
 #: Takes the sock that was found, the packet, and the flow's hash; None where it chooses none that is there.
 Selector: TypeAlias = Callable[[Sock, Packet, int], "Sock | None"]
 #: The sender's address and port, the receiver's, and the device that the packet came in by.
 _Tuple: TypeAlias = "tuple[bytes, int, bytes, int, int]"
+_Finder: TypeAlias = 'Callable[[list[Sock], bytes, _Tuple, "Packet | None"], "Sock | None"]'
 
 
 @dataclass(eq=False)
@@ -110,17 +111,23 @@ class SocketTable:
         return find(socks, flow, packet)
 
     def _tcp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
-        remote, remote_port, local, _, ifindex = flow
-        for sock in socks:
-            if sock.state in (BPF_TCP_LISTEN, BPF_TCP_CLOSE) or sock.remote_port != remote_port:
-                continue
-            if _ends(sock, len(local)) == (local, remote) and _on_device(sock, ifindex):
-                return sock
-        for bound in (local, ANY4 if len(local) == 4 else ANY6):
-            found = self._listener(socks, bound, flow, packet)
-            if found is not None:
-                return found
-        return None
+        connections = [sock for sock in socks if sock.state not in (BPF_TCP_LISTEN, BPF_TCP_CLOSE)]
+        return _connected(connections, flow) or self._of_address(self._listener, socks, flow, packet)
+
+    def _udp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
+        # A table of connections since Linux 6.13: that one is bound to a device too does not count there.
+        connections = [sock for sock in socks if sock.state == BPF_TCP_ESTABLISHED]
+        found = _connected(connections, flow) or self._of_address(self._bound, socks, flow, packet)
+        if found is None and flow[2] == LOOPBACK4_IPV6:
+            # Linux falls back on the IPv4 address that a socket has kept, whatever the socket is connected to.
+            kept = [sock for sock in connections if as_ipv4(sock.local) is None and not sock.v6only]
+            kept = [sock for sock in kept if sock.remote_port == flow[1] and _on_device(sock, flow[4])]
+            found = max(kept, key=lambda sock: bool(sock.bound_dev_if), default=None)
+        return found
+
+    def _of_address(self, find: _Finder, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
+        local = flow[2]
+        return find(socks, local, flow, packet) or find(socks, ANY4 if len(local) == 4 else ANY6, flow, packet)
 
     def _listener(self, socks: list[Sock], bound: bytes, flow: _Tuple, packet: Packet | None) -> Sock | None:
         result, best = None, 0
@@ -134,14 +141,6 @@ class SocketTable:
                     return chosen
                 result, best = sock, score
         return result
-
-    def _udp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
-        local = flow[2]
-        for bound in (local, ANY4 if len(local) == 4 else ANY6):
-            found = self._bound(socks, bound, flow, packet)
-            if found is not None:
-                return found
-        return None
 
     def _bound(self, socks: list[Sock], bound: bytes, flow: _Tuple, packet: Packet | None) -> Sock | None:
         result, best = None, -1
@@ -169,17 +168,26 @@ class SocketTable:
         return sock.reuseport.select(sock, packet, self.flow_hash(local + remote + ports))
 
 
+def _connected(connections: list[Sock], flow: _Tuple) -> Sock | None:
+    remote, remote_port, local, _, ifindex = flow
+    for sock in connections:
+        if sock.remote_port == remote_port and _ends(sock, len(local)) == (local, remote) and _on_device(sock, ifindex):
+            return sock
+    return None
+
+
 def _ends(sock: Sock, size: int) -> tuple[bytes, bytes] | None:
     """A connection's addresses, of the size that the packet's have. One that carries IPv4 is none of IPv6's."""
-    if (size == 4) != (len(sock.remote) == 4 or sock.remote.startswith(MAPPED)):
-        return None
-    return (sock.local4, sock.remote4) if size == 4 else (sock.local, sock.remote)
+    remote = as_ipv4(sock.remote)
+    if size == 16:
+        return (sock.local, sock.remote) if remote is None else None
+    return None if remote is None else (as_ipv4(sock.local) or ANY4, remote)
 
 
 def _bound_to(sock: Sock, bound: bytes) -> bool:
     """Whether the socket is bound to just this address, as packets of its family see it."""
     if len(bound) == 4:
-        return sock.local4 == bound and not sock.v6only
+        return as_ipv4(sock.local) == bound and not sock.v6only
     return sock.family == socket.AF_INET6 and sock.local == bound
 
 
@@ -192,8 +200,8 @@ def _udp_score(sock: Sock, bound: bytes, flow: _Tuple) -> int:
     remote, remote_port, *_, ifindex = flow
     if not _bound_to(sock, bound) or not _on_device(sock, ifindex) or sock.remote_port not in (0, remote_port):
         return -1
-    connected = sock.remote4 if len(bound) == 4 else sock.remote
-    if any(connected) and connected != remote:
+    connected = any(sock.remote)
+    if connected and remote != (as_ipv4(sock.remote) if len(bound) == 4 else sock.remote):
         return -1
-    score = 4 * (bool(sock.remote_port) + any(connected) + bool(sock.bound_dev_if))
+    score = 4 * (bool(sock.remote_port) + connected + bool(sock.bound_dev_if))
     return score + (len(bound) == 4 and sock.family == socket.AF_INET)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from kbpf.backend import RawRun
 from kbpf.emulator.context import SkBuff
+from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import received_protocol
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
@@ -98,12 +99,13 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
 
 
 def _socket(data: bytes, protocol: int) -> Sock:
-    """The dummy socket of the packet, which has sent it, but no ports."""
+    """The dummy socket of the packet, which has sent it, but no ports; it is made by the process that runs it."""
+    sock = Sock(family=socket.AF_UNSPEC, cgroup_id=environment.cgroup_id, cgroup_ancestors=environment.cgroup_ancestors)
     if protocol == ETH_P_IP:
-        return Sock(family=socket.AF_INET, local=data[26:30], remote=data[30:34])
-    if protocol == ETH_P_IPV6:
-        return Sock(family=socket.AF_INET6, local=data[22:38], remote=data[38:54])
-    return Sock(family=socket.AF_UNSPEC)
+        sock.family, sock.local, sock.remote = socket.AF_INET, data[26:30], data[30:34]
+    elif protocol == ETH_P_IPV6:
+        sock.family, sock.local, sock.remote = socket.AF_INET6, data[22:38], data[38:54]
+    return sock
 
 
 def timed(repeat: int, once: Callable[[], int]) -> tuple[int, int]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import HEADER, VLAN_PROTOCOLS
 from kbpf.emulator.helpers.packet import check_context, overwrite
+from kbpf.emulator.helpers.sock import ancestor_cgroup_id, cgroup_id
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32
 from kbpf.emulator.packet import Packet
 from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
 
 _CONGESTION = 3
+#: Whose a packet without a socket is (kernel.overflowuid).
+_NOBODY = 65534
 
 
 def get_hash_recalc(run: Run, skb: int, *_: int) -> int:
@@ -66,7 +69,7 @@ def skb_ecn_set_ce(run: Run, skb: int, *_: int) -> int:
 
 
 def _of_packet(name: str) -> HelperFunction:
-    """A helper that gives what the environment says of the packet's socket or group."""
+    """A helper that gives what the environment says of the packet."""
 
     def helper(run: Run, skb: int, *_: int) -> int:
         check_context(skb)
@@ -75,15 +78,38 @@ def _of_packet(name: str) -> HelperFunction:
     return helper
 
 
+def get_socket_cookie(run: Run, skb: int, *_: int) -> int:
+    check_context(skb)
+    sock = run.packet.socket
+    return 0 if sock is None else sock.cookie
+
+
+def get_socket_uid(run: Run, skb: int, *_: int) -> int:
+    check_context(skb)
+    sock = run.packet.socket
+    return sock.uid if sock is not None and sock.full else _NOBODY
+
+
+def skb_cgroup_id(run: Run, skb: int, *_: int) -> int:
+    check_context(skb)
+    return cgroup_id(run.packet.socket)
+
+
+def skb_ancestor_cgroup_id(run: Run, skb: int, level: int, *_: int) -> int:
+    check_context(skb)
+    return ancestor_cgroup_id(run.packet.socket, level)
+
+
 HELPERS: dict[str, HelperFunction] = {
     "get_hash_recalc": get_hash_recalc,
     "set_hash_invalid": set_hash_invalid,
     "set_hash": set_hash,
     "skb_ecn_set_ce": skb_ecn_set_ce,
-    "get_socket_cookie": _of_packet("socket_cookie"),
-    "get_socket_uid": _of_packet("socket_uid"),
+    "get_socket_cookie": get_socket_cookie,
+    "get_socket_uid": get_socket_uid,
     "get_cgroup_classid": _of_packet("cgroup_classid"),
     "skb_cgroup_classid": _of_packet("cgroup_classid"),
-    "skb_cgroup_id": _of_packet("cgroup_id"),
+    "skb_cgroup_id": skb_cgroup_id,
+    "skb_ancestor_cgroup_id": skb_ancestor_cgroup_id,
     "get_route_realm": _of_packet("route_realm"),
 }

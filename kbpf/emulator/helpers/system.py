@@ -43,10 +43,6 @@ def get_current_ancestor_cgroup_id(run: Run, level: int, *_: int) -> int:
     return path[level] if level < len(path) else 0
 
 
-def skb_ancestor_cgroup_id(run: Run, skb: int, level: int, *_: int) -> int:
-    return get_current_ancestor_cgroup_id(run, level)
-
-
 def _probe(run: Run, to: int, size: int, read: bytes | None, failed: int = errno.EFAULT) -> int:
     run.write(to, bytes(size) if read is None else read)
     return -failed if read is None else 0
@@ -124,7 +120,6 @@ HELPERS: dict[str, HelperFunction] = {
     "get_ns_current_pid_tgid": get_ns_current_pid_tgid,
     "get_current_cgroup_id": lambda run, *_: environment.cgroup_id,
     "get_current_ancestor_cgroup_id": get_current_ancestor_cgroup_id,
-    "skb_ancestor_cgroup_id": skb_ancestor_cgroup_id,
     "get_netns_cookie": lambda run, *_: environment.netns_cookie,
     "probe_read_kernel": probe_read_kernel,
     "probe_read_kernel_str": probe_read_kernel_str,

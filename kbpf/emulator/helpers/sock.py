@@ -1,0 +1,180 @@
+"""Helpers over sockets: lookups and references, views of a socket, and what belongs to it (net/core/filter.c).
+
+A socket that was looked up is held until bpf_sk_release; a program that ends with one in its hands faults. What
+bpf_skc_to_* give is the kernel's own structure, as BTF describes it: it is there or NULL as on Linux, and helpers take
+it, but the emulator has nothing to load from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+from kbpf.emulator.environment import environment
+from kbpf.emulator.helpers.packet import check_context
+from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.memory import M32
+from kbpf.emulator.sock import STRUCTURE, TCP, Sock
+from kbpf.emulator.xdp import XdpBuff
+from kbpf.errors import EmulationFault
+from kbpf.uapi.constants import BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, BPF_TCP_TIME_WAIT
+
+#: The size of a packed address, by that of struct bpf_sock_tuple.
+_ADDRESS = {12: 4, 36: 16}
+
+
+class Reference:
+    """A socket that a program has looked up and must release."""
+
+    __slots__ = ("sock",)
+
+    def __init__(self, sock: Sock) -> None:
+        self.sock = sock
+
+    def drop(self) -> None:
+        """Nothing counts references but the run."""
+
+
+def hold(run: Run, sock: Sock | None) -> int:
+    """Give a program a socket that it must release; 0 for None."""
+    if sock is None:
+        return 0
+    run.held = (*run.held, Reference(sock))
+    return sock.address
+
+
+def sock_at(run: Run, address: int) -> Sock:
+    """The socket that a program names by an address that it has been given."""
+    owner = run.owner(address & ~(TCP | STRUCTURE))
+    if not isinstance(owner, Sock):
+        raise EmulationFault("this is no socket", address=address)
+    return owner
+
+
+def _full_sock_of(sock: Sock) -> Sock:
+    """The listener, for a request to it (`sk_to_full_sk`)."""
+    return sock.listener if sock.state == BPF_TCP_NEW_SYN_RECV and sock.listener is not None else sock
+
+
+def _lookup(protocol: int, full: bool) -> HelperFunction:
+    def helper(run: Run, context: int, tuple: int, size: int, netns: int, flags: int) -> int:
+        check_context(context)
+        given = run.read(tuple, size & M32)
+        width = _ADDRESS.get(len(given))
+        # There is no namespace but the program's own. Linux takes any negative 32-bit number for that.
+        if width is None or flags or not netns & 1 << 31:
+            return 0
+        source, destination, ports = given[:width], given[width : 2 * width], given[2 * width :]
+        found = environment.sockets.lookup(
+            protocol,
+            source,
+            int.from_bytes(ports[:2], "big"),
+            destination,
+            int.from_bytes(ports[2:], "big"),
+            _device(run),
+        )
+        if found is not None and full:
+            found = _full_sock_of(found)
+            found = found if found.full else None
+        return hold(run, found)
+
+    return helper
+
+
+def _device(run: Run) -> int:
+    """The device that the packet came in by."""
+    if isinstance(run.context, XdpBuff):
+        return run.context.ingress_ifindex
+    return run.packet.ifindex or 0
+
+
+def sk_release(run: Run, sock: int, *_: int) -> int:
+    released = sock_at(run, sock)
+    for held in run.held:
+        if isinstance(held, Reference) and held.sock is released:
+            run.held = tuple(other for other in run.held if other is not held)
+            return 0
+    raise EmulationFault("this socket is not held", address=sock)
+
+
+def sk_fullsock(run: Run, sock: int, *_: int) -> int:
+    found = sock_at(run, sock)
+    return found.address if found.full else 0
+
+
+def _is_tcp(sock: Sock) -> bool:
+    return sock.full and sock.protocol == socket.IPPROTO_TCP
+
+
+def _is_udp6(sock: Sock) -> bool:
+    return (sock.full, sock.protocol, sock.type, sock.family) == (
+        True,
+        socket.IPPROTO_UDP,
+        socket.SOCK_DGRAM,
+        socket.AF_INET6,
+    )
+
+
+def _view(at: int, shown: Callable[[Sock], bool]) -> HelperFunction:
+    """A helper that gives what lies `at` so many bytes from a socket's address, if that is shown."""
+
+    def helper(run: Run, sock: int, *_: int) -> int:
+        found = sock_at(run, sock)
+        return found.address + at if shown(found) else 0
+
+    return helper
+
+
+def get_listener_sock(run: Run, sock: int, *_: int) -> int:
+    found = _full_sock_of(sock_at(run, sock))
+    return found.address if found.state == BPF_TCP_LISTEN and not found.refcounted else 0
+
+
+def cgroup_id(sock: Sock | None) -> int:
+    """The id of the control group of a socket; 0 where there is none."""
+    found = None if sock is None else _full_sock_of(sock)
+    return found.cgroup_id if found is not None and found.full else 0
+
+
+def ancestor_cgroup_id(sock: Sock | None, level: int) -> int:
+    """The id of a group around it, counted from the root; the group's own level is the last."""
+    found = None if sock is None else _full_sock_of(sock)
+    if found is None or not found.full:
+        return 0
+    path, level = (*found.cgroup_ancestors, found.cgroup_id), level & M32
+    return path[level] if level < len(path) else 0
+
+
+def sk_assign(run: Run, context: int, sock: int, flags: int, *_: int) -> int:
+    """Traffic control's: the socket that a packet is for, where it has just come in (Linux 5.7)."""
+    check_context(context)
+    found = sock_at(run, sock)
+    if flags:
+        return -errno.EINVAL
+    if not run.packet.at_ingress or found not in environment.sockets:
+        return -errno.EOPNOTSUPP
+    run.packet.socket = found
+    return 0
+
+
+HELPERS: dict[str, HelperFunction] = {
+    "sk_lookup_tcp": _lookup(socket.IPPROTO_TCP, full=True),
+    "sk_lookup_udp": _lookup(socket.IPPROTO_UDP, full=True),
+    "skc_lookup_tcp": _lookup(socket.IPPROTO_TCP, full=False),
+    "sk_release": sk_release,
+    "sk_fullsock": sk_fullsock,
+    "tcp_sock": _view(TCP, _is_tcp),
+    "get_listener_sock": get_listener_sock,
+    "skc_to_tcp_sock": _view(STRUCTURE, _is_tcp),
+    "skc_to_tcp6_sock": _view(STRUCTURE, lambda sock: _is_tcp(sock) and sock.family == socket.AF_INET6),
+    "skc_to_tcp_timewait_sock": _view(STRUCTURE, lambda sock: sock.state == BPF_TCP_TIME_WAIT),
+    "skc_to_tcp_request_sock": _view(STRUCTURE, lambda sock: sock.state == BPF_TCP_NEW_SYN_RECV),
+    "skc_to_udp6_sock": _view(STRUCTURE, _is_udp6),
+    "skc_to_unix_sock": _view(STRUCTURE, lambda sock: sock.full and sock.family == socket.AF_UNIX),
+    # There are no connections of several paths.
+    "skc_to_mptcp_sock": _view(STRUCTURE, lambda sock: False),
+    "sk_cgroup_id": lambda run, sock, *_: cgroup_id(sock_at(run, sock)),
+    "sk_ancestor_cgroup_id": lambda run, sock, level, *_: ancestor_cgroup_id(sock_at(run, sock), level),
+    "sk_assign": sk_assign,
+}
