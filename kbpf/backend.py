@@ -224,8 +224,8 @@ class Backend(Protocol):
 
     def program_info(self, fd: int) -> ProgramInfo: ...
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
-        """BPF_PROG_TEST_RUN; `context` may be empty."""
+    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
+        """BPF_PROG_TEST_RUN; `context` may be empty. `cpu` is for raw tracepoints (BPF_F_TEST_RUN_ON_CPU)."""
         ...
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:

@@ -225,9 +225,9 @@ class EmulatorBackend:
             gpl_compatible=found.gpl_compatible,
         )
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
+    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
         run_due()
-        return test_runs.run(self.program(fd), data, context, repeat)
+        return test_runs.run(self.program(fd), data, context, repeat, cpu)
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         return trace.trace(self.program(fd), data, context)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from kbpf.emulator import cgroup_sock, sk_reuseport, sock_addr, sock_ops
+from kbpf.emulator import cgroup_sock, sk_reuseport, sock_addr, sock_ops, tracing
 from kbpf.emulator.backend import emulator_backend
 from kbpf.emulator.interpreter import Context, Run
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
+from kbpf.emulator.tracing import Event
 
 
 class EventRun(NamedTuple):
@@ -46,6 +47,8 @@ MAKERS: dict[str, Maker] = {
     "sock_ops": sock_ops.make,
     "sk_reuseport": sk_reuseport.make,
 }
+#: The types that are run here.
+TYPES = frozenset(MAKERS) | frozenset(tracing.ACCESS)
 
 
 def run(program: Program, context: Context, packet: Packet | None = None) -> int:
@@ -55,19 +58,35 @@ def run(program: Program, context: Context, packet: Packet | None = None) -> int
 
 
 def run_event(
-    program: Program, fields: Mapping[str, Any] | None = None, *, sock: Sock | None = None, packet: Packet | None = None
+    program: Program,
+    fields: Mapping[str, Any] | bytes | None = None,
+    *,
+    sock: Sock | None = None,
+    packet: Packet | None = None,
+    event: Event | None = None,
 ) -> EventRun:
     """`run_program`, of the emulator's own program; `packet` may carry more than bytes."""
-    if program.type not in MAKERS:
+    if program.type not in TYPES:
         raise ValueError(f"programs of type {program.type} run over data: see Program.run()")
     packet = Packet(buffer=b"") if packet is None else packet
-    context = MAKERS[program.type](program, fields or {}, sock, packet)
+    context: EventContext
+    if program.type in tracing.ACCESS:
+        context = tracing.make(program.type, fields or {}, event)
+    elif isinstance(fields, bytes):
+        raise ValueError(f"the context of a {program.type} program is given by its fields")
+    else:
+        context = MAKERS[program.type](program, fields or {}, sock, packet)
     value = run(program, context, packet)
     return EventRun(value, context.result())
 
 
 def run_program(
-    program: HasDescriptor, context: Mapping[str, Any] | None = None, *, sock: Sock | None = None, packet: bytes = b""
+    program: HasDescriptor,
+    context: Mapping[str, Any] | bytes | None = None,
+    *,
+    sock: Sock | None = None,
+    packet: bytes = b"",
+    event: Event | None = None,
 ) -> EventRun:
     """Run an emulated program of a type that BPF_PROG_TEST_RUN refuses, over a context made of what is given.
 
@@ -77,15 +96,26 @@ def run_program(
     * ``cgroup_sock_addr``: ``user_family``, ``user_port``, and of ``user_ip4``, ``user_ip6``, ``msg_src_ip4`` and
       ``msg_src_ip6`` those that there are where the program expects to be attached, in network order;
     * ``sock_ops``: ``op``, ``args``, ``is_fullsock``, ``skb_hwtstamp``;
-    * ``sk_reuseport``: ``hash``, ``bind_inany``.
+    * ``sk_reuseport``: ``hash``, ``bind_inany``;
+    * ``tracepoint``: bytes, the record with its header, whose first eight bytes programs do not see;
+    * ``raw_tracepoint``: ``args``, at most twelve; also ``raw_tracepoint_writable``, where ``buffer`` is what the first
+      one points to;
+    * ``kprobe`` (also uprobes): registers of x86-64 by the kernel's names (``di``, ``ax``, ``ip``);
+    * ``perf_event``: the same, ``sample_period`` and ``addr``.
 
-    All other fields are those of `sock` (by default a new socket, of TCP, or of UDP for sk_reuseport) and of `packet`,
-    which begins with the TCP or UDP header.
+    Tracing programs also take bytes, what is beyond them being no part of the context. `event` is what they can ask
+    beside the context. For the others, all other fields are those of `sock` (by default a new socket, of TCP, or of
+    UDP for sk_reuseport) and of `packet`, which begins with the TCP or UDP header.
 
     Gives the return value, and by field what the program may set of its context, ``selected`` being the `Sock` that an
-    sk_reuseport program chose. Raises `ValueError` for other types, fields and values that do not fit, `OSError`
-    (EBADF) for a program that is not the emulator's, and `EmulationFault` for what a verifier would have refused.
+    sk_reuseport program chose, and ``buffer`` what a writable raw tracepoint's left there. Raises `ValueError` for
+    other types, fields and values that do not fit, `OSError` (EBADF) for a program that is not the emulator's, and
+    `EmulationFault` for what a verifier would have refused.
     """
     return run_event(
-        emulator_backend().program(program.fileno()), context, sock=sock, packet=Packet(buffer=bytes(packet))
+        emulator_backend().program(program.fileno()),
+        context,
+        sock=sock,
+        packet=Packet(buffer=bytes(packet)),
+        event=event,
     )

@@ -11,10 +11,11 @@ import hashlib
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 from kbpf.backend import Engine, LoadRefused, object_name
-from kbpf.emulator import attach_types, calls, checks, engines, helpers, ksyms
+from kbpf.emulator import attach_types, calls, checks, engines, helpers, ksyms, reach
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
@@ -40,6 +41,13 @@ _WITHOUT = {
     "bpf_timer": _TRACING,
     "bpf_wq": _TRACING,
 }
+#: Types whose programs may be sleepable; all `syscall` programs are.
+_MAY_SLEEP = ("kprobe", "syscall")
+#: The maps that sleepable programs may use.
+_FOR_SLEEPERS = (
+    *("array", "percpu_array", "hash", "percpu_hash", "lru_hash", "lru_percpu_hash", "array_of_maps", "hash_of_maps"),
+    *("queue", "stack", "ringbuf", "user_ringbuf", "sk_storage", "inode_storage", "task_storage", "cgrp_storage"),
+)
 #: What is asked of the verifier or of devices, and changes nothing here.
 _FLAGS = (
     uapi.BPF_F_STRICT_ALIGNMENT
@@ -79,8 +87,9 @@ class Program:
         self.type = spec.type
         self.budget = budget
         self.gpl_compatible = spec.license in helpers.GPL_COMPATIBLE
-        if spec.flags & ~_FLAGS:
+        if spec.flags & ~(_FLAGS | (uapi.BPF_F_SLEEPABLE if spec.type in _MAY_SLEEP else 0)):
             raise LoadRefused(errno.EINVAL, "")
+        self.sleepable = bool(spec.flags & uapi.BPF_F_SLEEPABLE)
         checks.check_length(spec.instructions)
         #: Where it expects to be attached: a number of `kbpf.uapi.enums.ATTACH_TYPES`.
         self.attach_type = attach_types.expected(spec)
@@ -88,6 +97,8 @@ class Program:
             if spec.type in PROG_TYPES and spec.type != "unspec":
                 raise invalid(f"the emulator does not run programs of type {spec.type} yet", errno.EOPNOTSUPP)
             raise LoadRefused(errno.EINVAL, "")
+        if spec.type == "syscall" and not self.sleepable:
+            raise invalid("Syscall programs can only be sleepable")
         self.name = object_name(spec.name)
         checks.check(spec.instructions, spec.type in LOADS_PACKET)
         calls.check(spec)
@@ -98,7 +109,7 @@ class Program:
         constants = self._resolve(maps, map_of)
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
-                helpers.check(imm, spec.type, self.attach_type, self.gpl_compatible)
+                helpers.check(imm, spec.type, self.attach_type, self.gpl_compatible, self.sleepable)
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.code.program = weakref.ref(self)
         self.code.engine = engine
@@ -113,6 +124,11 @@ class Program:
     def execute(self, packet: Packet, data: bytes, context: Context | None = None) -> int:
         """Run over a packet, whose bytes from offset 0 on are `data`, with a context made for it, or an own one."""
         return engines.execute(self.code, self, packet, data, context=context)
+
+    @cached_property
+    def context_end(self) -> int:
+        """How many bytes of context the program must be given (the verifier's `max_ctx_offset`)."""
+        return reach.context_end(self.spec.instructions)
 
     def packet(self, data: bytes, length: int) -> Packet:
         return Packet(buffer=data, length=length)
@@ -153,6 +169,8 @@ class Program:
             for name, without in _WITHOUT.items():
                 if self.type in without and any(field.name == name for field in found.special):
                     raise invalid(f"{without[self.type]} progs cannot use {name} yet")
+            if self.sleepable and found.type not in _FOR_SLEEPERS:
+                raise invalid("Sleepable programs can only use array, hash, ringbuf and local storage maps")
             if len(self.maps) == MOST_MAPS:
                 raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
             self.maps.append(found)

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TypeAlias
 
 from kbpf.backend import RawRun
-from kbpf.emulator import flow_dissector, sk_lookup, test_run, test_run_xdp
+from kbpf.emulator import flow_dissector, sk_lookup, test_run, test_run_tracing, test_run_xdp
 from kbpf.emulator.context import ACCESS
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.program import Program
+from kbpf.errors import ENOTSUPP
 
 #: Takes the program, data, context and how often to run; raises `OSError` with the kernel's errno.
 Runner: TypeAlias = Callable[[Program, bytes, bytes, int], RawRun]
-
-#: The kernel's own ENOTSUPP, which has no name outside.
-_NOT_SUPPORTED = 524
 
 RUNNERS: dict[str, Runner] = {
     **dict.fromkeys(ACCESS, test_run.run),
     "xdp": test_run_xdp.run,
     "flow_dissector": flow_dissector.test_run,
     "sk_lookup": sk_lookup.test_run,
+    "raw_tracepoint": test_run_tracing.raw_tracepoint,
+    "syscall": test_run_tracing.syscall,
 }
 
 
-def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+def run(program: Program, data: bytes, context: bytes, repeat: int, cpu: int | None = None) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
     runner = RUNNERS.get(program.type)
     if runner is None:
-        raise refused(_NOT_SUPPORTED)
-    return runner(program, data, context, repeat)
+        raise refused(ENOTSUPP)
+    if cpu is None:
+        return runner(program, data, context, repeat)
+    if program.type != "raw_tracepoint":
+        raise refused(errno.EINVAL)
+    return test_run_tracing.on_cpu(cpu, lambda: runner(program, data, context, repeat))

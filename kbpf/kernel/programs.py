@@ -12,6 +12,7 @@ from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, Info, command
 from kbpf.kernel.btf import loaded_btf
 from kbpf.specs import ProgramSpec
+from kbpf.uapi.constants import BPF_F_TEST_RUN_ON_CPU
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES
 from kbpf.uapi.structs import STRUCTS
 
@@ -72,13 +73,15 @@ class ProgramCommands:
             bool(info["gpl_compatible"]),
         )
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1) -> RawRun:
+    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
         data_in = syscall.Buffer(data)
         # Programs without a packet refuse room for one. Too little room is found out only after the program has run.
         data_out = syscall.Buffer(len(data) + _DATA_GROWTH if data else 0)
         room = max(len(context), _CONTEXT_ROOM) if context else 0
         context_at = syscall.Buffer(context.ljust(room, b"\0"))
         values: dict[str, int] = {"prog_fd": fd, "repeat": repeat if repeat > 1 else 0}
+        if cpu is not None:
+            values |= {"flags": BPF_F_TEST_RUN_ON_CPU, "cpu": cpu}
         if data:
             values |= {"data_in": data_in.address, "data_size_in": data_in.size}
             values |= {"data_out": data_out.address, "data_size_out": data_out.size}

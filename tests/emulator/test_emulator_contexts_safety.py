@@ -18,10 +18,12 @@ from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.uapi.constants import BPF_F_SLEEPABLE
 from kbpf.uapi.enums import HELPERS
 
 I = Instruction  # noqa: E741
 PROGRAMS = 400
+WITHOUT_PACKET = ("sk_lookup", "syscall")
 #: These would end the run.
 LEFT_OUT = {HELPERS["tail_call"]}
 NUMBERS = (0, 1, 2, 4, 8, 14, 16, 64, 255, 512, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, -1, -8)
@@ -62,12 +64,13 @@ def test_wild_calls(program_type: str) -> None:
                 type=program_type,
                 instructions=tuple(wild_calls(rng, program_type, attach_type, map_fd)),
                 expected_attach_type=attach_type,
+                flags=BPF_F_SLEEPABLE if program_type == "syscall" else 0,
             )
             program = Program(spec, [], backend.map, 3000)
-            if program_type in events.MAKERS:
+            if program_type in events.TYPES:
                 events.run_event(program, packet=Packet(buffer=FRAME[34:]))
             else:
-                test_runs.run(program, FRAME if program_type != "sk_lookup" else b"", context, 1)
+                test_runs.run(program, b"" if program_type in WITHOUT_PACKET else FRAME, context, 1)
             ran += 1
         except EmulationFault:
             ran += 1

@@ -12,6 +12,7 @@ from sides import CB, FRAME, Outcome, Side, with_result
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.uapi.constants import BPF_F_SLEEPABLE
 from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
@@ -96,10 +97,11 @@ def test_gpl_helpers_want_a_gpl_licence(kernel: Side, emulator: Side) -> None:
 
 
 def test_what_the_emulator_lacks_is_refused_by_name(emulator: Side) -> None:
-    with pytest.raises(OSError, match="bpf_skc_to_tcp_sock#137"):
-        emulator.backend.program_load(ProgramSpec(instructions=(I(CALL, 0, 0, 0, 137), EXIT)), [])
-    with pytest.raises(OSError, match="programs of type kprobe"):
-        emulator.backend.program_load(ProgramSpec(type="kprobe", instructions=(ZERO, EXIT)), [])
+    system_calls = ProgramSpec(type="syscall", flags=BPF_F_SLEEPABLE, instructions=(I(CALL, 0, 0, 0, 166), EXIT))
+    with pytest.raises(OSError, match="bpf_sys_bpf#166"):
+        emulator.backend.program_load(system_calls, [])
+    with pytest.raises(OSError, match="programs of type lsm"):
+        emulator.backend.program_load(ProgramSpec(type="lsm", instructions=(ZERO, EXIT)), [])
 
 
 READABLE = [

@@ -1,6 +1,6 @@
 """Helpers by id: which a program may call, and what they do.
 
-`ALLOWED` says what the kernel lets a type of program call, `GPL_ONLY` what it lets only GPL-compatible programs call
+`ALLOWED` says what the kernel lets a type of program call, `gpl_only` what it lets only GPL-compatible programs call
 (measured on Linux 6.18). `FUNCTIONS` are those that the emulator has; a call of any other is refused when the program
 is loaded.
 """
@@ -34,7 +34,7 @@ from kbpf.emulator.helpers import (
     xdp,
 )
 from kbpf.emulator.helpers.allowed import ALLOWED as ALLOWED
-from kbpf.emulator.helpers.allowed import GPL_ONLY, SLEEPING, allowed
+from kbpf.emulator.helpers.allowed import SLEEPING, allowed, gpl_only
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
 from kbpf.uapi.enums import HELPERS
 
@@ -81,16 +81,16 @@ def functions(program_type: str) -> Mapping[int, HelperFunction]:
     return FUNCTIONS | _OF_TYPE.get(program_type, {})
 
 
-def check(helper: int, program_type: str, attach_type: int, gpl: bool) -> None:
+def check(helper: int, program_type: str, attach_type: int, gpl: bool, sleepable: bool) -> None:
     """Raise `LoadRefused` if such a program may not call the helper, or the emulator does not have it."""
     if helper and helper not in NAMES:
         raise invalid(f"invalid func unknown#{helper}")
     name = f"bpf_{NAMES.get(helper, 'unspec')}#{helper}"
     if helper not in allowed(program_type, attach_type):
         raise invalid(f"program of this type cannot use helper {name}")
-    if helper in GPL_ONLY and not gpl:
+    if not gpl and helper in gpl_only(program_type):
         raise invalid("cannot call GPL-restricted function from non-GPL compatible program")
-    if helper in SLEEPING:
+    if helper in SLEEPING and not sleepable:
         raise invalid(f"helper call might sleep in a program that may not: {name}")
     if helper not in functions(program_type) and helper != TAIL_CALL_HELPER:
         raise invalid(f"the emulator does not have the helper {name} yet", errno.EOPNOTSUPP)

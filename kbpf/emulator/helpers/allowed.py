@@ -25,6 +25,7 @@ _SCHED = _BASE | _ids(
 _SKC = _ids("136-140,178,196")
 #: Programs of control groups.
 _CGROUP = _BASE | _ids("25,81,186-187")
+_TRACING = (_BASE | _ids("4,25,27,45,67,173-174")) - _ids("160") - _SKC
 #: By type, for whatever attach type.
 ALLOWED: dict[str, frozenset[int]] = {
     "socket_filter": _BASE | _ids("25-26,46-47,68,122"),
@@ -41,6 +42,12 @@ ALLOWED: dict[str, frozenset[int]] = {
     "cgroup_sock_addr": _CGROUP | _ids("46,49,57,64,84-86,99,107-108,122"),
     "sock_ops": _CGROUP | _ids("46,49,53,57,59,70,96,107-108,122,142-144"),
     "sk_reuseport": (_BASE | _ids("26,46,68,82")) - _SKC,
+    "tracepoint": _TRACING,
+    "raw_tracepoint": _TRACING,
+    "raw_tracepoint_writable": _TRACING,
+    "perf_event": _TRACING | _ids("56,119"),
+    "kprobe": _TRACING,
+    "syscall": (_BASE | _ids("4,25,27,45-46,67,107-108,111,121,147,162,166-168,173,179,188")) - _ids("160"),
 }
 _CONNECT = frozenset(ATTACH_TYPES[name] for name in ("cgroup_inet4_connect", "cgroup_inet6_connect"))
 _SETSOCKOPT = frozenset((ATTACH_TYPES["cgroup_setsockopt"],))
@@ -64,7 +71,14 @@ def allowed(program_type: str, attach_type: int) -> frozenset[int]:
     return ids - {id for (type, id), at in _ONLY_AT.items() if type == program_type and attach_type not in at}
 
 
-#: What only GPL-compatible programs may call, of whatever type.
-GPL_ONLY = _ids("6,22,25,35,55,69,100,110,112-115,158,163,165,169-172,175-177,191,204-207")
-#: What may sleep, as these programs may not.
+#: Perf events' programs have one of their own, for any licence.
+_GET_STACKID = 27
+#: What only GPL-compatible programs may call.
+_GPL_ONLY = _ids("4,6,22,25,27,35,45,55-56,67,69,100,110-115,119,121,158,163,165,169-173,175-177,191,204-207")
+#: What may sleep, as only sleepable programs may.
 SLEEPING = _ids("148,191")
+
+
+def gpl_only(program_type: str) -> frozenset[int]:
+    """The helpers that of programs of this type only GPL-compatible ones may call."""
+    return _GPL_ONLY - {_GET_STACKID} if program_type == "perf_event" else _GPL_ONLY

@@ -1,0 +1,53 @@
+"""BPF_PROG_TEST_RUN of programs without a packet: raw tracepoints (Linux 5.10) and `syscall` programs (5.14).
+
+The counterpart of bpf_prog_test_run_raw_tp and bpf_prog_test_run_syscall (net/bpf/test_run.c). For a raw tracepoint the
+context is its arguments; a `syscall` program shares its context with who runs it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from kbpf.backend import RawRun
+from kbpf.emulator.environment import environment
+from kbpf.emulator.interpreter import Context
+from kbpf.emulator.maps.base import refused
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.program import Program
+from kbpf.emulator.tracing import MOST_ARGUMENTS, SyscallContext, TracingContext
+
+#: U16_MAX.
+_MOST_CONTEXT = 0xFFFF
+
+
+def raw_tracepoint(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    if data or repeat > 1 or not program.context_end <= len(context) <= 8 * MOST_ARGUMENTS:
+        raise refused(errno.EINVAL)
+    return RawRun(_run(program, TracingContext(program.type, context)), b"", context, 0)
+
+
+def on_cpu(cpu: int, run: Callable[[], RawRun]) -> RawRun:
+    """What BPF_F_TEST_RUN_ON_CPU does; ENXIO where there is no such processor."""
+    here = environment.cpu
+    if not 0 <= cpu < environment.cpus:
+        raise refused(errno.ENXIO)
+    environment.cpu = cpu
+    try:
+        return run()
+    finally:
+        environment.cpu = here
+
+
+def syscall(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    if data or repeat > 1 or not program.context_end <= len(context) <= _MOST_CONTEXT:
+        raise refused(errno.EINVAL)
+    shared = SyscallContext(context)
+    value = _run(program, shared)
+    return RawRun(value, b"", bytes(shared.memory), 0)
+
+
+def _run(program: Program, context: Context) -> int:
+    return program.execute(Packet(buffer=b""), b"", context)
