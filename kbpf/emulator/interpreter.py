@@ -262,7 +262,7 @@ class Run(Space):
             if frames:
                 self._go(start, 0)
                 if self.lock or self.held:
-                    raise EmulationFault("the program ends with a lock, a record or a socket in its hands")
+                    raise EmulationFault("the program ends with a lock, a socket or a reserved record in its hands")
             else:
                 self._take(0)
             return int(state[0]) & M32
