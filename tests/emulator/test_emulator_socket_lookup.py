@@ -115,8 +115,9 @@ class Tcp:
                 self.questions += [tuple_of(one, port, one, 80), tuple_of(one, 80, one, port)]
 
     def remains(self, scene: Scene) -> None:
-        client = scene.namespace.socket(socket.AF_INET, socket.SOCK_STREAM)
-        client.connect(("127.0.0.1", 80))
+        # Of AF_INET, its IPv6 addresses would be whatever lay there.
+        client = scene.namespace.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        client.connect(("::ffff:127.0.0.1", 80))
         accepted, _ = self.listener.accept()
         port = client.getsockname()[1]
         client.shutdown(socket.SHUT_WR)
@@ -124,10 +125,10 @@ class Tcp:
         accepted.close()
         client.recv(1)
         client.close()
-        local = socket.inet_aton("127.0.0.1")
+        local = MAPPED + socket.inet_aton("127.0.0.1")
         scene.table.add(
             Sock(
-                family=socket.AF_INET, type=socket.SOCK_STREAM, protocol=socket.IPPROTO_TCP, state=BPF_TCP_TIME_WAIT,
+                family=socket.AF_INET6, type=socket.SOCK_STREAM, protocol=socket.IPPROTO_TCP, state=BPF_TCP_TIME_WAIT,
                 local=local, local_port=port, remote=local, remote_port=80,
             )
         )  # fmt: skip
