@@ -139,6 +139,13 @@ class Space:
         region = REGIONS.get(address >> 32)
         return None if region is None or region.owner is None or address & M32 else region.owner()
 
+    def keep(self, region: Region) -> None:
+        """The region's owner lets go of it; this run may still hold its address."""
+        if region.readable:
+            self.readable[region.number] = region.buffer
+        if region.writable and not isinstance(region.buffer, bytes):
+            self.writable[region.number] = region.buffer
+
     def forget(self, region: Region) -> None:
         """The region is gone for this run; who holds its address faults."""
         self.readable.pop(region.number, None)

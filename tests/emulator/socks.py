@@ -98,11 +98,14 @@ class Looker:
 
 
 @contextmanager
-def looker(side: Side, program: Code, run: Callable[..., Any], type: str = "sched_cls") -> Iterator[Looker]:
+def looker(
+    side: Side, program: Code, run: Callable[..., Any], type: str = "sched_cls", more: Sequence[int] = ()
+) -> Iterator[Looker]:
+    """`more` are descriptors of maps behind the first two."""
     attach = "cgroup_inet_egress" if type == "cgroup_skb" else None
     with made(side, *MAPS) as fds:
         spec = ProgramSpec(type=type, expected_attach_type=attach, instructions=tuple(program), license="GPL")
-        fd = side.backend.program_load(spec, fds)
+        fd = side.backend.program_load(spec, [*fds, *more])
         try:
             yield Looker(side, fds, fd, run)
         finally:

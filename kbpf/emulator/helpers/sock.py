@@ -12,13 +12,15 @@ import socket
 from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
+from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.maps.local_storage import SocketStorage
 from kbpf.emulator.memory import M32
 from kbpf.emulator.sock import STRUCTURE, TCP, Sock
 from kbpf.emulator.xdp import XdpBuff
 from kbpf.errors import EmulationFault
-from kbpf.uapi.constants import BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, BPF_TCP_TIME_WAIT
+from kbpf.uapi.constants import BPF_SK_STORAGE_GET_F_CREATE, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, BPF_TCP_TIME_WAIT
 
 #: The size of a packed address, by that of struct bpf_sock_tuple.
 _ADDRESS = {12: 4, 36: 16}
@@ -158,6 +160,35 @@ def sk_assign(run: Run, context: int, sock: int, flags: int, *_: int) -> int:
     return 0
 
 
+def _storage(run: Run, map: int) -> SocketStorage:
+    found = map_at(run, map)
+    if not isinstance(found, SocketStorage):
+        raise EmulationFault(f"a {found.type} map has no values of sockets", address=map)
+    return found
+
+
+def sk_storage_get(run: Run, map: int, sock: int, value: int, flags: int, _: int) -> int:
+    storage, found = _storage(run, map), sock_at(run, sock)
+    initial = run.read(value, storage.value_size) if value else bytes(storage.value_size)
+    if not found.full or flags > BPF_SK_STORAGE_GET_F_CREATE:
+        return 0
+    region = storage.value_of(found.cookie)
+    if region is None and flags:
+        region = storage.put(found.cookie, initial)
+    return 0 if region is None else region.address
+
+
+def sk_storage_delete(run: Run, map: int, sock: int, *_: int) -> int:
+    storage, found = _storage(run, map), sock_at(run, sock)
+    if not found.full:
+        return -errno.EINVAL
+    try:
+        run.keep(storage.drop(found.cookie))
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
 HELPERS: dict[str, HelperFunction] = {
     "sk_lookup_tcp": _lookup(socket.IPPROTO_TCP, full=True),
     "sk_lookup_udp": _lookup(socket.IPPROTO_UDP, full=True),
@@ -177,4 +208,6 @@ HELPERS: dict[str, HelperFunction] = {
     "sk_cgroup_id": lambda run, sock, *_: cgroup_id(sock_at(run, sock)),
     "sk_ancestor_cgroup_id": lambda run, sock, level, *_: ancestor_cgroup_id(sock_at(run, sock), level),
     "sk_assign": sk_assign,
+    "sk_storage_get": sk_storage_get,
+    "sk_storage_delete": sk_storage_delete,
 }

@@ -1,21 +1,22 @@
 """Values that belong to an object of the kernel: a socket, a file, a process, a control group.
 
-User space names the object by a descriptor, of the real operating system; the value is for all who name the same
-object (kernel/bpf/bpf_local_storage.c). Linux frees it with the object. Nobody can name an object that is gone, so
-here it merely stays with the map. Programs reach such values through helpers that the emulator does not have.
+User space names the object by a descriptor, of the real operating system; programs name it by what they hold. The
+value is for all who name the same object (kernel/bpf/bpf_local_storage.c). Linux frees it with the object. Nobody can
+name an object that is gone, so here it may stay with the map.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 import sys
 from collections.abc import Hashable
 from pathlib import Path
 
 from kbpf.emulator.maps.base import Map, refused
 from kbpf.emulator.maps.special import described_value
+from kbpf.emulator.memory import Region
+from kbpf.emulator.process_sock import sock_of
 from kbpf.uapi import constants as uapi
 
 #: What fits 16 bits together with the kernel's own part of an element.
@@ -40,17 +41,35 @@ class LocalStorage(Map):
             raise refused(errno.EINVAL)
 
     def allocate(self) -> None:
-        self._values: dict[Hashable, bytes] = {}
+        self._values: dict[Hashable, Region] = {}
 
     def owner(self, descriptor: int) -> Hashable:
         """What identifies the object behind a descriptor; raises what the commands do."""
         raise NotImplementedError
 
+    def value_of(self, owner: Hashable) -> Region | None:
+        """An object's value; None if it has none."""
+        return self._values.get(owner)
+
+    def put(self, owner: Hashable, value: bytes) -> Region:
+        """Give an object a value, in memory that is new; what is at hand of the old one is left as it is."""
+        region = self._values[owner] = self.region(self.value_size)
+        assert not isinstance(region.buffer, bytes)
+        region.buffer[:] = self.cleared(value)
+        return region
+
+    def drop(self, owner: Hashable) -> Region:
+        """Take an object's value; ENOENT."""
+        region = self._values.pop(owner, None)
+        if region is None:
+            raise refused(errno.ENOENT)
+        return region
+
     def read(self, key: bytes) -> bytes:
-        value = self._values.get(self._owner(key))
+        value = self.value_of(self._owner(key))
         if value is None:
             raise refused(errno.ENOENT)
-        return value
+        return self.cleared(bytes(value.buffer))
 
     def write(self, key: bytes, value: bytes, flags: int) -> None:
         owner = self._owner(key)
@@ -61,11 +80,10 @@ class LocalStorage(Map):
             raise refused(errno.EEXIST)
         if condition == uapi.BPF_EXIST and owner not in self._values:
             raise refused(errno.ENOENT)
-        self._values[owner] = self.cleared(value)
+        self.put(owner, value)
 
     def remove(self, key: bytes) -> None:
-        if self._values.pop(self._owner(key), None) is None:
-            raise refused(errno.ENOENT)
+        self.drop(self._owner(key))
 
     def _owner(self, key: bytes) -> Hashable:
         return self.owner(int.from_bytes(key, sys.byteorder, signed=True))
@@ -86,15 +104,12 @@ def _described(descriptor: int) -> dict[str, str]:
 
 
 class SocketStorage(LocalStorage):
-    """Linux 5.2."""
+    """Linux 5.2. A socket is known by its cookie."""
 
     type = "sk_storage"
 
     def owner(self, descriptor: int) -> Hashable:
-        file = _file(descriptor)
-        if not stat.S_ISSOCK(file.st_mode):
-            raise refused(errno.ENOTSOCK)
-        return file.st_ino
+        return sock_of(descriptor).cookie
 
 
 class InodeStorage(LocalStorage):
