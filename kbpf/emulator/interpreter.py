@@ -51,6 +51,9 @@ class Loaded(Protocol):
     @property
     def maps(self) -> Sequence[object]: ...
 
+    @property
+    def attach_type(self) -> int: ...
+
 
 def _no_program() -> None:
     return None

@@ -23,6 +23,7 @@ from kbpf.emulator.helpers.maps import tail_target
 from kbpf.emulator.interpreter import BUDGET, Code, Context, link
 from kbpf.emulator.maps.array import Array
 from kbpf.emulator.maps.base import Map
+from kbpf.emulator.maps.cgroup import SharedCgroupStorage
 from kbpf.emulator.packet import Packet
 from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec
@@ -171,6 +172,8 @@ class Program:
                     raise invalid(f"{without[self.type]} progs cannot use {name} yet")
             if self.sleepable and found.type not in _FOR_SLEEPERS:
                 raise invalid("Sleepable programs can only use array, hash, ringbuf and local storage maps")
+            if isinstance(found, SharedCgroupStorage) and any(type(found) is type(other) for other in self.maps):
+                raise invalid("only one cgroup storage of each type is allowed", errno.EBUSY)
             if len(self.maps) == MOST_MAPS:
                 raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
             self.maps.append(found)

@@ -10,6 +10,7 @@ from kbpf.backend import RawRun
 from kbpf.emulator import flow_dissector, sk_lookup, test_run, test_run_tracing, test_run_xdp
 from kbpf.emulator.context import ACCESS
 from kbpf.emulator.maps.base import refused
+from kbpf.emulator.maps.cgroup import values_of_a_test
 from kbpf.emulator.program import Program
 from kbpf.errors import ENOTSUPP
 
@@ -32,7 +33,8 @@ def run(program: Program, data: bytes, context: bytes, repeat: int, cpu: int | N
     if runner is None:
         raise refused(ENOTSUPP)
     if cpu is None:
-        return runner(program, data, context, repeat)
+        with values_of_a_test():
+            return runner(program, data, context, repeat)
     if program.type != "raw_tracepoint":
         raise refused(errno.EINVAL)
     return test_run_tracing.on_cpu(cpu, lambda: runner(program, data, context, repeat))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from mapcode import described_value
 from sides import FRAME
 
 from kbpf.backend import LoadRefused
@@ -12,13 +13,14 @@ from kbpf.emulator import events, helpers, test_runs
 from kbpf.emulator.attach_types import EXPECTED
 from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.helpers.allowed import allowed
+from kbpf.emulator.maps import KINDS
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
-from kbpf.uapi.constants import BPF_F_SLEEPABLE
+from kbpf.uapi.constants import BPF_F_NO_PREALLOC, BPF_F_SLEEPABLE
 from kbpf.uapi.enums import HELPERS
 
 I = Instruction  # noqa: E741
@@ -29,7 +31,46 @@ LEFT_OUT = {HELPERS["tail_call"]}
 NUMBERS = (0, 1, 2, 4, 8, 14, 16, 64, 255, 512, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, -1, -8)
 
 
-def wild_calls(rng: Random, program_type: str, attach_type: int, map_fd: int) -> list[Instruction]:
+#: Shapes of maps, of which each type takes one: sizes of key and value, entries, flags.
+SHAPES = (
+    (4, 4, 2, 0),
+    (4, 8, 2, 0),
+    (8, 8, 2, BPF_F_NO_PREALLOC),
+    (8, 8, 0, 0),
+    (4, 8, 0, BPF_F_NO_PREALLOC),
+    (0, 8, 2, 0),
+    (0, 0, 4096, 0),
+)
+
+
+def one_of_each(backend: EmulatorBackend) -> list[int]:
+    """A map of each type that the emulator has."""
+    template = MapSpec(type="array", key_size=4, value_size=8, max_entries=2)
+    inner = backend.map_create(template)
+    made = [inner]
+    for type in KINDS:
+        for key_size, value_size, entries, flags in SHAPES:
+            described = described_value("u64") if not entries else {}
+            spec = MapSpec(
+                type=type, key_size=key_size, value_size=value_size, max_entries=entries, flags=flags, **described
+            )
+            try:
+                made.append(backend.map_create(spec, inner if type.endswith("_of_maps") else None))
+            except OSError:
+                continue
+            break
+    return made
+
+
+def test_there_is_a_map_of_each_type() -> None:
+    backend = EmulatorBackend()
+    maps = one_of_each(backend)
+    assert {backend.map_info(fd).type for fd in maps} == set(KINDS)
+    for fd in maps:
+        backend.close(fd)
+
+
+def wild_calls(rng: Random, program_type: str, attach_type: int, maps: list[int]) -> list[Instruction]:
     callable_ones = sorted(allowed(program_type, attach_type) & set(helpers.functions(program_type)) - LEFT_OUT)
     out = [I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 6, 1)]
     for _ in range(rng.randrange(1, 6)):
@@ -41,7 +82,7 @@ def wild_calls(rng: Random, program_type: str, attach_type: int, map_fd: int) ->
                 out.append(I(ebpf.ALU64 | ebpf.MOV | ebpf.X, register, 10))
                 out.append(I(ebpf.ALU64 | ebpf.ADD, register, 0, 0, -rng.choice((8, 64, 512, 600))))
             elif kind < 0.7:
-                out += ld_imm64(register, map_fd, ebpf.PSEUDO_MAP_FD)
+                out += ld_imm64(register, rng.choice(maps), ebpf.PSEUDO_MAP_FD)
             elif kind < 0.75:
                 out += ld_imm64(register, rng.getrandbits(64))
             else:
@@ -53,7 +94,7 @@ def wild_calls(rng: Random, program_type: str, attach_type: int, map_fd: int) ->
 @pytest.mark.parametrize("program_type", helpers.ALLOWED)
 def test_wild_calls(program_type: str) -> None:
     backend = EmulatorBackend()
-    map_fd = backend.map_create(MapSpec(type="array", key_size=4, value_size=8, max_entries=2))
+    maps = one_of_each(backend)
     context = b"" if program_type != "sk_lookup" else bytes(8) + b"\2" + bytes(63)
     attach_type = min(EXPECTED.get(program_type, {0}))
     ran = 0
@@ -62,7 +103,7 @@ def test_wild_calls(program_type: str) -> None:
         try:
             spec = ProgramSpec(
                 type=program_type,
-                instructions=tuple(wild_calls(rng, program_type, attach_type, map_fd)),
+                instructions=tuple(wild_calls(rng, program_type, attach_type, maps)),
                 expected_attach_type=attach_type,
                 flags=BPF_F_SLEEPABLE if program_type == "syscall" else 0,
             )
@@ -77,4 +118,5 @@ def test_wild_calls(program_type: str) -> None:
         except LoadRefused:
             pass
     assert ran
-    backend.close(map_fd)
+    for fd in maps:
+        backend.close(fd)

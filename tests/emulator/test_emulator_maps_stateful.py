@@ -63,12 +63,13 @@ SPECS = {
     "user_ringbuf": MapSpec(type="user_ringbuf", max_entries=4096),
     "stack_trace": MapSpec(type="stack_trace", **HASHED),
     **{type: MapSpec(type=type, key_size=4, value_size=4, max_entries=3) for type in (
-        "prog_array", "perf_event_array", "devmap", "devmap_hash", "cpumap", "xskmap"
+        "prog_array", "perf_event_array", "cgroup_array", "devmap", "devmap_hash", "cpumap", "xskmap"
     )},
     "devmap with programs": MapSpec(type="devmap", key_size=4, value_size=8, max_entries=3),
     "array_of_maps": MapSpec(type="array_of_maps", key_size=4, value_size=4, max_entries=3, inner=INNER),
     "hash_of_maps": MapSpec(type="hash_of_maps", key_size=4, value_size=4, max_entries=3, inner=INNER),
     **{type: MapSpec(type=type, **STORAGE) for type in ("sk_storage", "inode_storage", "task_storage", "cgrp_storage")},
+    **{type: MapSpec(type=type, key_size=8, value_size=8) for type in ("cgroup_storage", "percpu_cgroup_storage")},
     "read-only": MapSpec(type="hash", **HASHED, flags=uapi.BPF_F_RDONLY),
     "write-only": MapSpec(type="array", **HASHED, flags=uapi.BPF_F_WRONLY),
     "read-only for programs": MapSpec(type="array", **{**HASHED, "max_entries": 1}, flags=uapi.BPF_F_RDONLY_PROG),
@@ -83,7 +84,7 @@ HELPERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("queue", "stack"), ENDS),
     "bloom_filter": ("map_push_elem", "map_peek_elem"),
 }  # fmt: skip
-DESCRIPTOR_VALUES = {"prog_array", "perf_event_array", "array_of_maps", "hash_of_maps", "xskmap"}
+DESCRIPTOR_VALUES = {"prog_array", "perf_event_array", "cgroup_array", "array_of_maps", "hash_of_maps", "xskmap"}
 THINGS = ("filter", "xdp", "inner", "other", "event", "nothing")
 
 
@@ -210,7 +211,7 @@ class MapMachine(RuleBasedStateMachine):
         if self.type == "lpm_trie":
             length, data = ((0, 0), (1, 0x80), (8, 0x40), (9, 0x41), (16, 0xFF40), (16, 0), (17, 0))[number]
             return struct.pack("=IH", length, data)
-        if self.type.endswith("_storage"):
+        if self.type.endswith("_storage") and self.spec.key_size == 4:
             return struct.pack("=i", self.objects[number % 4])
         return number.to_bytes(self.spec.key_size, "little")
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.helpers import (
     callbacks,
+    cgroup,
     checksum,
     dynptr,
     locks,
@@ -48,6 +49,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
     HELPERS[name]: function
     for table in (
         callbacks.HELPERS,
+        cgroup.HELPERS,
         dynptr.HELPERS,
         locks.HELPERS,
         maps.HELPERS,

@@ -21,9 +21,16 @@ def map_at(run: Run, address: int) -> Map:
     return owner
 
 
+def _find(run: Run, found: Map, key: int) -> int:
+    """The address of the value of a key in memory; 0 if there is none."""
+    try:
+        return found.find(run.read(key, found.key_size))
+    except OSError:
+        raise EmulationFault(f"programs do not look into a {found.type} map") from None
+
+
 def map_lookup_elem(run: Run, map: int, key: int, *_: int) -> int:
-    found = map_at(run, map)
-    return found.find(run.read(key, found.key_size))
+    return _find(run, map_at(run, map), key)
 
 
 def map_update_elem(run: Run, map: int, key: int, value: int, flags: int, _: int) -> int:
@@ -52,7 +59,7 @@ def map_lookup_percpu_elem(run: Run, map: int, key: int, cpu: int, *_: int) -> i
         raise EmulationFault(f"a {found.type} map has no per-CPU values")
     if cpu & 0xFFFFFFFF >= found.cpus:
         return 0
-    address = found.find(run.read(key, found.key_size))
+    address = _find(run, found, key)
     return address and address + ((cpu & 0xFFFFFFFF) - environment.cpu) * found.slot_size
 
 

@@ -54,7 +54,7 @@ def sock_at(run: Run, address: int) -> Sock:
     return owner
 
 
-def _full_sock_of(sock: Sock) -> Sock:
+def full_sock_of(sock: Sock) -> Sock:
     """The listener, for a request to it (`sk_to_full_sk`)."""
     return sock.listener if sock.state == BPF_TCP_NEW_SYN_RECV and sock.listener is not None else sock
 
@@ -77,7 +77,7 @@ def _lookup(protocol: int, full: bool) -> HelperFunction:
             _device(run),
         )
         if found is not None and full:
-            found = _full_sock_of(found)
+            found = full_sock_of(found)
             found = found if found.full else None
         return hold(run, found)
 
@@ -129,19 +129,19 @@ def _view(at: int, shown: Callable[[Sock], bool]) -> HelperFunction:
 
 
 def get_listener_sock(run: Run, sock: int, *_: int) -> int:
-    found = _full_sock_of(sock_at(run, sock))
+    found = full_sock_of(sock_at(run, sock))
     return found.address if found.state == BPF_TCP_LISTEN and not found.refcounted else 0
 
 
 def cgroup_id(sock: Sock | None) -> int:
     """The id of the control group of a socket; 0 where there is none."""
-    found = None if sock is None else _full_sock_of(sock)
+    found = None if sock is None else full_sock_of(sock)
     return found.cgroup_id if found is not None and found.full else 0
 
 
 def ancestor_cgroup_id(sock: Sock | None, level: int) -> int:
     """The id of a group around it, counted from the root; the group's own level is the last."""
-    found = None if sock is None else _full_sock_of(sock)
+    found = None if sock is None else full_sock_of(sock)
     if found is None or not found.full:
         return 0
     path, level = (*found.cgroup_ancestors, found.cgroup_id), level & M32

@@ -7,6 +7,7 @@ import errno
 from kbpf.emulator.maps.array import Array, PerCpuArray
 from kbpf.emulator.maps.base import Descriptors, Map, refused
 from kbpf.emulator.maps.bloom import BloomFilter
+from kbpf.emulator.maps.cgroup import CgroupArray, PerCpuCgroupStorage, SharedCgroupStorage
 from kbpf.emulator.maps.descriptors import ProgArray
 from kbpf.emulator.maps.hash import Hash, PerCpuHash
 from kbpf.emulator.maps.local_storage import CgroupStorage, InodeStorage, SocketStorage, TaskStorage
@@ -27,6 +28,7 @@ KINDS: dict[str, type[Map]] = {
         Array,
         ArrayOfMaps,
         BloomFilter,
+        CgroupArray,
         CgroupStorage,
         CpuMap,
         DevMap,
@@ -37,12 +39,14 @@ KINDS: dict[str, type[Map]] = {
         LpmTrie,
         LruHash,
         PerCpuArray,
+        PerCpuCgroupStorage,
         PerCpuHash,
         PerCpuLruHash,
         PerfEventArray,
         ProgArray,
         Queue,
         RingBuffer,
+        SharedCgroupStorage,
         SocketStorage,
         Stack,
         StackTrace,

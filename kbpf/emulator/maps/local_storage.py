@@ -8,19 +8,18 @@ name an object that is gone, so here it may stay with the map.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Hashable
-from pathlib import Path
 
 from kbpf.emulator.maps.base import Map, refused
+from kbpf.emulator.maps.owners import described, file_behind, group_behind
 from kbpf.emulator.maps.special import described_value
 from kbpf.emulator.memory import Region
 from kbpf.emulator.process_sock import sock_of
 from kbpf.uapi import constants as uapi
 
 #: What fits 16 bits together with the kernel's own part of an element.
-_MOST_VALUE = 0xFFFF - 80
+MOST_VALUE = 0xFFFF - 128
 
 
 class LocalStorage(Map):
@@ -35,7 +34,7 @@ class LocalStorage(Map):
             raise refused(errno.EINVAL)
         if self.key_size != 4 or not self.value_size:
             raise refused(errno.EINVAL)
-        if self.value_size > _MOST_VALUE:
+        if self.value_size > MOST_VALUE:
             raise refused(errno.E2BIG)
         if described_value(self.spec) is None:
             raise refused(errno.EINVAL)
@@ -89,20 +88,6 @@ class LocalStorage(Map):
         return self.owner(int.from_bytes(key, sys.byteorder, signed=True))
 
 
-def _file(descriptor: int) -> os.stat_result:
-    try:
-        return os.fstat(descriptor)
-    except (OSError, OverflowError):
-        raise refused(errno.EBADF) from None
-
-
-def _described(descriptor: int) -> dict[str, str]:
-    """What procfs says of an open descriptor."""
-    _file(descriptor)
-    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
 class SocketStorage(LocalStorage):
     """Linux 5.2. A socket is known by its cookie."""
 
@@ -118,7 +103,7 @@ class InodeStorage(LocalStorage):
     type = "inode_storage"
 
     def owner(self, descriptor: int) -> Hashable:
-        file = _file(descriptor)
+        file = file_behind(descriptor)
         return file.st_dev, file.st_ino
 
 
@@ -128,7 +113,7 @@ class TaskStorage(LocalStorage):
     type = "task_storage"
 
     def owner(self, descriptor: int) -> Hashable:
-        process = int(_described(descriptor).get("Pid", "0"))
+        process = int(described(descriptor).get("Pid", "0"))
         if process <= 0:
             raise refused(errno.EBADF if process == 0 else errno.ENOENT)
         return process
@@ -140,9 +125,4 @@ class CgroupStorage(LocalStorage):
     type = "cgrp_storage"
 
     def owner(self, descriptor: int) -> Hashable:
-        mount = _described(descriptor).get("mnt_id")
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            own, _, kind = line.partition(" - ")
-            if own.split()[0] == mount and kind.split()[0] in ("cgroup", "cgroup2"):
-                return _file(descriptor).st_ino
-        raise refused(errno.EBADF)
+        return group_behind(descriptor, "cgroup", "cgroup2")
