@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.link import Link
     from kbpf.runtime.map import Map
+    from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
     from kbpf.specs import CollectionSpec, FilterSpec, MapSpec, ProgramSpec
 
@@ -38,6 +39,7 @@ _HOMES = {
     "FilterSpec": "specs",
     "Link": "runtime.link",
     "Map": "runtime.map",
+    "Packets": "runtime.packets",
     "MapSpec": "specs",
     "Program": "runtime.program",
     "ProgramSpec": "specs",
@@ -71,6 +73,7 @@ __all__ = [
     "MissingDependencyError",
     "NotSupportedError",
     "ObjectError",
+    "Packets",
     "PermissionDeniedError",
     "Program",
     "ProgramSpec",

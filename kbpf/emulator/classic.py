@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kbpf.backend import Engine
 from kbpf.emulator import engines
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.dissect import payload_offset
 from kbpf.emulator.environment import environment
-from kbpf.emulator.interpreter import BUDGET, AncillaryFunction, Code, Run, link
+from kbpf.emulator.interpreter import BUDGET, AncillaryFunction, Code, Run, Subject, link
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import State, Step
 from kbpf.isa import cbpf
 from kbpf.isa.translate import REG_A, REG_X, starts, to_ebpf
+
+if TYPE_CHECKING:
+    from kbpf.emulator.jit.batch import NativeBatch, Start
 
 _ATTRIBUTE = struct.Struct("=HH")
 #: NLA_TYPE_MASK (linux/netlink.h): the upper two bits of a type are flags.
@@ -111,6 +115,17 @@ class ClassicProgram:
     def run_packet(self, packet: Packet) -> int:
         """The filter's return value for a packet with all its metadata."""
         return engines.execute(self._code, self, packet, packet.data)
+
+    def native(self, start: Start, subject: Subject) -> NativeBatch | None:
+        """The filter in native code, for packets in which offset 0 is at `start`; None where it must stay here.
+
+        `subject` makes packets of bytes, for what native code asks about them.
+        """
+        return engines.batch_of(self._code, subject, start, self.network, self.mac)
+
+    def has_earned(self, more: int = 0) -> bool:
+        """Whether compiling it is worth the while, after what has run and `more` instructions that are to run."""
+        return self._code.work + more > engines.WORTH
 
     def path(self, packet: Packet) -> tuple[int, tuple[int, ...]]:
         """The return value, and the indices of the instructions that ran, in order."""

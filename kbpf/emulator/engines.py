@@ -18,6 +18,7 @@ from kbpf.emulator.semantics import FUEL
 from kbpf.errors import EmulationWarning
 
 if TYPE_CHECKING:
+    from kbpf.emulator.jit.batch import NativeBatch, Start
     from kbpf.emulator.jit.program import NativeProgram
 
 #: Instructions in the interpreter that are worth compiling.
@@ -49,12 +50,23 @@ def execute(
 def native_of(code: Code) -> NativeProgram | None:
     """The code in native code, compiled when it is first asked for; None where the interpreter must run it."""
     if code.native is None and _installed():
-        from kbpf.emulator.jit.program import NativeProgram, supports
+        from kbpf.emulator.jit.program import compiled, supports
 
         with _lock:
             if code.native is None and supports(code):
-                code.native = NativeProgram(code)
+                code.native = compiled(code)
     return code.native
+
+
+def batch_of(code: Code, subject: Subject, start: Start, network: int | None, mac: int | None) -> NativeBatch | None:
+    """A classic filter's loops over packets in native code; None where the interpreter must run it."""
+    if not _installed():
+        return None
+    from kbpf.emulator.jit.batch import NativeBatch
+
+    places = (-1 if place is None else place for place in (network, mac))
+    with _lock:
+        return NativeBatch(code, subject, start, *places)
 
 
 @cache

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import compress, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
+from kbpf.runtime.packets import Packets
 from kbpf.specs import FILE_LAYOUTS, FilterSpec, Layout
 
 if TYPE_CHECKING:
+    from kbpf.backend import Engine
+    from kbpf.emulator.context import SkBuff
+    from kbpf.emulator.jit.batch import NativeBatch, Start
     from kbpf.emulator.packet import Packet
     from kbpf.emulator.program import ClassicProgram
     from kbpf.filter.explain import Explanation
+    from kbpf.pcapfile import Capture
     from kbpf.specs import CollectionSpec, ProgramSpec
 
 # Where the network header starts in what a filter for this layout is given; transport layouts are given it too.
@@ -34,7 +40,7 @@ class Filter:
     Immutable, hashable, comparable; a sequence of instructions in that it has a length and can be iterated.
     """
 
-    __slots__ = ("_emulated", "spec")
+    __slots__ = ("_emulated", "_native", "spec")
 
     def __init__(
         self, instructions: Iterable[Sequence[int]], link: str = "EN10MB", *, layout: Layout | None = None
@@ -47,6 +53,8 @@ class Filter:
             instructions=tuple(cbpf.Instruction(*i) for i in instructions), layout=layout or file_layout(link)
         )
         self._emulated: ClassicProgram | None = None
+        #: In native code; False where there is none.
+        self._native: NativeBatch | Literal[False] | None = None
 
     @classmethod
     def from_spec(cls, spec: FilterSpec) -> Filter:
@@ -83,7 +91,9 @@ class Filter:
             type="socket_filter", name="filter", instructions=to_loadable(self.instructions), license="Dual MIT/GPL"
         )
 
-    def run(self, packet: bytes | bytearray | memoryview, wirelen: int | None = None) -> int:
+    def run(
+        self, packet: bytes | bytearray | memoryview, wirelen: int | None = None, *, engine: Engine = "auto"
+    ) -> int:
         """Run over one packet, in user space; gives the bytes it keeps.
 
         That is the smaller of return value and `wirelen`, 0 for none.
@@ -91,16 +101,75 @@ class Filter:
         `packet` starts with the link header of the filter's link type. For the sockets that hand a filter only what
         follows the IP header (UDP, TCP, ping, raw IPv6) it starts with the IP header, for UNIX and netlink sockets with
         the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all there is.
-        Raises `FilterError` if the filter is invalid.
+        `engine` is ``"interpreter"``, ``"jit"`` (native code), or ``"auto"``: native code once the filter has run often
+        enough to earn it. Raises `FilterError` if the filter is invalid.
         """
         if wirelen is None:
             wirelen = len(packet)
+        native = self._native if engine != "interpreter" else False
+        if native is None:
+            native = self._compiled(engine)
+        if native:
+            return native.one(bytes(packet), wirelen)
         program = self._emulated or self._prepare()
         if self.layout.live:
             prepared = self._packet(bytes(packet), wirelen)
             return min(program.run_packet(prepared), prepared.length)
         kept = program.run(bytes(packet), wirelen)
         return kept if kept < wirelen else wirelen
+
+    def match_all(
+        self,
+        packets: Iterable[bytes] | Packets | Capture,
+        wirelens: Sequence[int] | None = None,
+        *,
+        engine: Engine = "auto",
+    ) -> bytes:
+        """Run over many packets, as `run` does over each: a byte for each, 1 where it keeps something, else 0.
+
+        `packets` are bytes objects, a `kbpf.Packets`, or an open capture, whose lengths on the wire are taken from
+        it. The bytes are ready for `itertools.compress`. In native code that is one call; over `Packets` without the
+        interpreter's lock. Raises `FilterError` if the filter is invalid, `ValueError` for `wirelens` of another
+        number than packets.
+        """
+        if isinstance(packets, Packets):
+            wirelens = packets.wirelens if wirelens is None else wirelens
+        elif not isinstance(packets, list):
+            packets, wirelens = _listed(packets, wirelens)
+        if wirelens is not None and len(wirelens) != len(packets):
+            raise ValueError(f"{len(wirelens)} lengths for {len(packets)} packets")
+        work = len(packets) * len(self.instructions)
+        native = self._native or (self._compiled(engine, work) if engine != "interpreter" else None)
+        if not native:
+            lengths: Iterable[int | None] = repeat(None) if wirelens is None else wirelens
+            runs = zip(packets, lengths, strict=False)
+            return bytes(self.run(packet, length, engine="interpreter") > 0 for packet, length in runs)
+        if isinstance(packets, Packets):
+            return bytes(native.over_spans(packets.buffer, packets.offsets, packets.sizes, wirelens))
+        try:
+            return bytes(native.over_list(packets, wirelens))
+        except TypeError:
+            return bytes(native.over_list([bytes(packet) for packet in packets], wirelens))
+
+    def select(
+        self,
+        packets: Iterable[bytes] | Packets | Capture,
+        wirelens: Sequence[int] | None = None,
+        *,
+        engine: Engine = "auto",
+    ) -> list[bytes]:
+        """The packets that it keeps something of, whole; `match_all` says of which."""
+        if not isinstance(packets, (list, Packets)):
+            packets, wirelens = _listed(packets, wirelens)
+        return list(compress(packets, self.match_all(packets, wirelens, engine=engine)))
+
+    def _compiled(self, engine: Engine, work: int = 0) -> NativeBatch | Literal[False] | None:
+        """The filter in native code, if it is asked for or has earned it; False where there is none."""
+        program = self._emulated or self._prepare()
+        if engine == "jit" or program.has_earned(work):
+            start: Start = "transport" if self.layout.start == "transport" else "packet"
+            self._native = program.native(start, _Live(self) if self.layout.live else program) or False
+        return self._native
 
     def path(self, packet: bytes, wirelen: int | None = None) -> Path:
         """Run over one packet as `run` does, and tell which instructions ran."""
@@ -118,7 +187,11 @@ class Filter:
         from kbpf.emulator.program import ClassicProgram
 
         network = _NETWORK.get(self.layout.name)
-        self._emulated = ClassicProgram(self.instructions, network=network, loops=not self.layout.live)
+        live = self.layout.live
+        mac = 0 if live and network == 14 else None
+        self._emulated = ClassicProgram(
+            self.instructions, network=0 if live and network is None else network, mac=mac, loops=not live
+        )
         return self._emulated
 
     def _packet(self, data: bytes, wirelen: int) -> Packet:
@@ -157,6 +230,36 @@ class Filter:
         from kbpf.asm.listing import listing
 
         return listing(self.instructions, "d")
+
+
+class _Live:
+    """Makes packets for a filter of a live socket from their bytes; a `kbpf.emulator.interpreter.Subject`."""
+
+    def __init__(self, filter: Filter) -> None:
+        from kbpf.emulator.interpreter import BUDGET
+
+        self.budget = BUDGET
+        self._filter = filter
+
+    def packet(self, data: bytes, length: int) -> Packet:
+        return self._filter._packet(data, length)
+
+    def context(self, packet: Packet) -> SkBuff:
+        from kbpf.emulator.context import SkBuff
+
+        return SkBuff(packet)
+
+
+def _listed(
+    packets: Iterable[bytes] | Capture, wirelens: Sequence[int] | None
+) -> tuple[list[bytes], Sequence[int] | None]:
+    """A list of packets, and their lengths on the wire where they are known."""
+    from kbpf.pcapfile import Capture
+
+    if not isinstance(packets, Capture):
+        return list(packets), wirelens
+    records = list(packets)
+    return [record.data for record in records], wirelens or [record.wirelen for record in records]
 
 
 def file_layout(link: str) -> Layout:

@@ -7,6 +7,7 @@ test that misses one of them fails instead of being skipped. Probes run once, wh
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -73,6 +74,7 @@ PROBES: dict[str, tuple[str, Callable[[], bool]]] = {
         "libpcap (Debian: libpcap0.8)",
         lambda: _succeeds(sys.executable, "-c", "import ctypes; ctypes.CDLL('libpcap.so.0.8')"),
     ),
+    "llvmlite": ("llvmlite (pip install 'kbpf[jit]')", lambda: importlib.util.find_spec("llvmlite") is not None),
     "bpftool": ("bpftool (Debian: bpftool)", lambda: _succeeds("bpftool", "version")),
 }
 

@@ -16,7 +16,7 @@ from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing import carriers, differ, generate_direct, generate_ebpf
 from tests.emulator.sides import FRAME
 
-pytest.importorskip("llvmlite")
+pytestmark = pytest.mark.requires("llvmlite")
 
 I = Instruction  # noqa: E741
 EXIT = I(ebpf.JMP | ebpf.EXIT)

@@ -45,8 +45,8 @@ class Source:
     `constants` are what 64-bit immediate loads of references give, by index, and `handles` the maps behind those that
     are handles, by address. `classic` is a classic filter's translation, whose absolute loads reach ancillary words,
     and whose context is asked for the packet's length only. What is said in `slots` and `escapes` is found while
-    emitting: the context's fields that are read at known places, and whether Python or computed addresses reach the
-    stack.
+    emitting: the context's fields that are read at known places, whether Python or computed addresses reach the stack,
+    and whether native code may ask Python for anything at all.
     """
 
     instructions: Sequence[Instruction]
@@ -55,6 +55,7 @@ class Source:
     classic: bool = False
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     escapes: bool = False
+    asks: bool = False
 
     def supported(self) -> bool:
         """Whether this can be compiled: not where functions other than the main one make tail calls."""
@@ -75,10 +76,13 @@ class Source:
 def program(source: Source, callbacks: Callbacks) -> str:
     """The functions of a program, ``@f0`` for the main one."""
     starts = source.starts()
-    return "\n".join(
+    functions = [
         _Function(source, callbacks, start, end).text()
         for start, end in zip(starts, [*starts[1:], len(source.instructions)], strict=True)
-    )
+    ]
+    text = "\n".join(functions)
+    source.asks = "call i64 inttoptr" in text or "call void inttoptr" in text
+    return text
 
 
 class _Function:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kbpf.emulator.interpreter import Code, Context, Linked, Subject
@@ -16,16 +17,7 @@ from kbpf.emulator.memory import REGIONS
 from kbpf.emulator.packet import Packet
 from kbpf.isa import cbpf
 
-_MAIN = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p)
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, *[ctypes.c_uint64] * 6)
-
-_NO_ARGUMENTS = "i64 0, i64 0, i64 0, i64 0, i64 0, i64 0"
-_ENTRIES = f"""
-define i64 @main(ptr %run) {{
-  %r = call i64 @f0(ptr %run, {_NO_ARGUMENTS})
-  ret i64 %r
-}}
-"""
 
 
 class NativeProgram:
@@ -34,18 +26,18 @@ class NativeProgram:
     It does not hold the code, which holds it.
     """
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, source: emit.Source, compiled: Compiled) -> None:
+        """`source` is what `compiled` was made of, and code's."""
         assert code.linked is not None
         linked = code.linked
         self.helpers = linked.helpers
         self.tail_target = linked.tail_target
         self.ancillary = {cbpf.AD_OFF + offset: load for offset, load in linked.ancillary.items()}
-        source = source_of(linked)
-        self._compiled = Compiled(emit.program(source, CALLBACKS) + _ENTRIES)
+        self.compiled = compiled
         #: The context's fields that it reads at known places, by (offset, size), and whether Python sees its stack.
         self.slots, self.escapes = source.slots, source.escapes
-        self.main = self._compiled.address("f0")
-        self._main = _MAIN(self._compiled.address("main"))
+        self.main = compiled.address("f0")
+        self._main = _FUNCTION(self.main)
         self._functions: dict[int, Callable[..., int]] = {}
         #: Memory that stays where it is as long as the program: values of arrays.
         self.regions = [found.values for found in source.handles.values() if isinstance(found, Array)]
@@ -61,7 +53,7 @@ class NativeProgram:
     def call(self, function: int, run: int, arguments: tuple[int, ...], depth: int) -> int:
         """Call one of its functions, that starts at an instruction, with five arguments; returns R0."""
         if function not in self._functions:
-            self._functions[function] = _FUNCTION(self._compiled.address(f"f{function}"))
+            self._functions[function] = _FUNCTION(self.compiled.address(f"f{function}"))
         return self._functions[function](run, *arguments, depth)
 
     def execute(
@@ -77,10 +69,32 @@ class NativeProgram:
         session = self._session()
         try:
             session.begin(self, code, subject, packet, data, length, context)
-            return session.finish(self._main(session.address))
+            return session.finish(self._main(session.address, 0, 0, 0, 0, 0, 0))
         finally:
-            session.clear()
-            self._free.append(session)
+            self.release(session)
+
+    @contextmanager
+    def batch(self, code: Code, subject: Subject, network: int, mac: int) -> Iterator[Session]:
+        """A session in which native code goes from packet to packet by itself; `subject` makes packets of bytes.
+
+        `network` and `mac` are positions in each packet, -1 for none.
+        """
+        session = self.armed(code, subject, network, mac)
+        try:
+            yield session
+        finally:
+            self.release(session)
+
+    def armed(self, code: Code, subject: Subject, network: int, mac: int) -> Session:
+        """Such a session, until `release`."""
+        session = self._session()
+        session.begin_batch(self, code, subject, network, mac)
+        return session
+
+    def release(self, session: Session) -> None:
+        """The session is free for another run."""
+        session.clear()
+        self._free.append(session)
 
     def _session(self) -> Session:
         try:
@@ -89,6 +103,13 @@ class NativeProgram:
             session = Session(self)
             SESSIONS[session.address] = session
             return session
+
+
+def compiled(code: Code) -> NativeProgram:
+    """Compile code that is supported."""
+    assert code.linked is not None
+    source = source_of(code.linked)
+    return NativeProgram(code, source, Compiled(emit.program(source, CALLBACKS)))
 
 
 def source_of(linked: Linked) -> emit.Source:

@@ -7,7 +7,8 @@ the program's context or stack is reached through it. Programs that never ask ne
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kbpf.emulator.environment import environment
@@ -35,6 +36,35 @@ def host_address(buffer: Buffer) -> tuple[int, object]:
     except (TypeError, ValueError):
         return 0, None
     return ctypes.addressof(held), held
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer`` of CPython's C API, which is documented."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+@contextmanager
+def read_address(buffer: Any) -> Iterator[int]:
+    """Where the bytes of any contiguous buffer are, to be read meanwhile. Raises `BufferError` or `TypeError`."""
+    view = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(view), 0)
+    try:
+        yield view.buf or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
 
 
 class NativeRun(Run):
@@ -89,6 +119,8 @@ class Session:
         #: The rest of the run is the interpreter's, which gave this.
         self.interpreted = False
         self.result = 0
+        #: Which of many packets the interpreter's view is of.
+        self._serial = 0
         self._filled: list[int] = []
         self._kept: list[object] = []
         # Values of arrays stay where they are as long as the program does.
@@ -173,12 +205,31 @@ class Session:
             data = self.met().state[DATA]
         self._point_at(data, packet)
 
+    def begin_batch(self, program: NativeProgram, code: Code, subject: Subject, network: int, mac: int) -> None:
+        """Make ready for packets that native code goes through by itself."""
+        native = self.native
+        self.program, self.code, self._slots = program, code, self._own_slots
+        native.slots = ctypes.addressof(self._slots)
+        native.half = subject.budget >> 1
+        native.slots_valid = native.tail_calls = 0
+        native.cpu = environment.cpu
+        native.network, native.mac = network, mac
+        self.given = (subject, None, None, 0, None)
+
     def met(self) -> NativeRun:
         """The interpreter's view."""
-        if self.run is None:
-            assert self.given is not None
-            subject, packet, data, length, context = self.given
-            self.run = NativeRun(self, subject, self.code, packet, data, length, context)
+        assert self.given is not None
+        subject, packet, data, length, context = self.given
+        if self.run is not None and (data is not None or self._serial == self.native.serial):
+            return self.run
+        if data is None:
+            self._drop_run()
+            native, self._serial = self.native, self.native.serial
+            packet = subject.packet(
+                ctypes.string_at(native.buffer, native.buffer_size), native.length + native.data - native.buffer
+            )
+            data = packet.data
+        self.run = NativeRun(self, subject, self.code, packet, data, length, context)
         return self.run
 
     def _point_at(self, data: Any, packet: Packet | None) -> None:
@@ -277,14 +328,19 @@ class Session:
 
     def clear(self) -> None:
         """Ready for another run, whatever became of the last one."""
-        run, self.run, self.pending, self.interpreted = self.run, None, None, False
+        self.pending, self.interpreted, self.given = None, False, None
         self.native.status = RUNNING
-        self.given = None
+        self.native.network = self.native.mac = -1
+        self._drop_run()
+        del self.program, self.code
+
+    def _drop_run(self) -> None:
+        """Forget the interpreter's view, and what it let native code reach."""
+        run, self.run = self.run, None
         for at in self._filled:
             self._table[at].number = 0
         self._filled.clear()
         self._kept.clear()
-        del self.program, self.code
         if run is not None:
             # The state holds the run: without the ring, all goes at once.
             run.state[RUN] = None
