@@ -29,7 +29,7 @@ from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
-from kbpf.emulator.maps.perf import PerfBuffer
+from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter, PerfReading
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
@@ -39,7 +39,7 @@ FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
 
 
-Handle: TypeAlias = "MapFile | Program | PerfBuffer"
+Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter"
 
 
 class EmulatorBackend:
@@ -94,10 +94,10 @@ class EmulatorBackend:
     def map(self, fd: int) -> Map:
         return self.map_file(fd).map
 
-    def perf_buffer_of(self, fd: int) -> PerfBuffer:
-        """The buffer behind a descriptor; EBADF or EINVAL."""
+    def perf_event_of(self, fd: int) -> PerfBuffer | PerfCounter:
+        """The buffer or counter behind a descriptor; EBADF or EINVAL."""
         found = self._handle(fd)
-        if not isinstance(found, PerfBuffer):
+        if not isinstance(found, PerfBuffer | PerfCounter):
             raise refused(errno.EINVAL)
         return found
 
@@ -202,6 +202,10 @@ class EmulatorBackend:
     def perf_buffer(self, cpu: int, pages: int = 8) -> int:
         """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`."""
         return self._open(PerfBuffer(cpu, pages))
+
+    def perf_counter(self, read: Callable[[], PerfReading], cpu: int | None = None) -> int:
+        """A counter for bpf_perf_event_read, of one processor or of the process, whose value is what `read` gives."""
+        return self._open(PerfCounter(read, cpu))
 
     def map_freeze(self, fd: int) -> None:
         self.map_file(fd).freeze()

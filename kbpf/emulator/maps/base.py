@@ -23,7 +23,7 @@ from kbpf.specs import MapSpec
 from kbpf.uapi import constants as uapi
 
 if TYPE_CHECKING:
-    from kbpf.emulator.maps.perf import PerfBuffer
+    from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter
 
 #: Above this, memory is taken from mmap(2), which gives pages when they are touched.
 _LAZY_SIZE = 1 << 20
@@ -55,7 +55,7 @@ class Descriptors(Protocol):
 
     def map(self, fd: int) -> Map: ...
 
-    def perf_buffer_of(self, fd: int) -> PerfBuffer: ...
+    def perf_event_of(self, fd: int) -> PerfBuffer | PerfCounter: ...
 
 
 class Kept(Protocol):

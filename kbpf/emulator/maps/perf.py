@@ -1,8 +1,9 @@
-"""Perf event array, and the buffers that programs write to through it (kernel/events/ring_buffer.c).
+"""Perf event array: the buffers that programs write to through it, and the counters that they read.
 
 User space opens a buffer for each processor and puts its descriptor into the array under the processor's number.
-Nothing else that perf_event_open(2) makes is here. The memory is as mmap(2) of such an event gives it: a
-page whose ``data_head`` and ``data_tail`` are the positions, and the data, records as perf_event_open(2) has them.
+The memory is as mmap(2) of such an event gives it (kernel/events/ring_buffer.c): a page whose ``data_head`` and
+``data_tail`` are the positions, and the data, records as perf_event_open(2) has them. Counters are stand-ins: what
+they count, the test says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import errno
 import itertools
 import struct
 import sys
+from collections.abc import Callable
 from mmap import PAGESIZE
+from typing import NamedTuple
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import page_buffer, refused
@@ -31,6 +34,29 @@ _LOST, _SAMPLE = 2, 9
 _IN_KERNEL = 1
 
 
+class PerfReading(NamedTuple):
+    """``struct bpf_perf_event_value``: what was counted, and nanoseconds that the event was enabled and running."""
+
+    counter: int
+    enabled: int
+    running: int
+
+
+class PerfCounter:
+    """An event that counts, of a processor, or of the process whichever it is on."""
+
+    def __init__(self, read: Callable[[], PerfReading], cpu: int | None) -> None:
+        self.read = read
+        self.cpu = cpu
+        self.id = next(_ids)
+
+    def memory(self, offset: int, size: int, writable: bool) -> memoryview:
+        raise refused(errno.ENODEV)
+
+    def output(self, data: bytes) -> None:
+        raise refused(errno.EINVAL)
+
+
 class PerfBuffer:
     """What perf_event_open(2) gives for PERF_COUNT_SW_BPF_OUTPUT on one processor, with `pages` of data."""
 
@@ -44,8 +70,14 @@ class PerfBuffer:
         _WORD.pack_into(self._memory, _OFFSET, PAGESIZE)
         _WORD.pack_into(self._memory, _OFFSET + 8, size)
         self._data = Circle(self._memory, PAGESIZE, size)
+        self._opened = environment.clock()
         #: Samples that found no room since the last that did.
         self._lost = 0
+
+    def read(self) -> PerfReading:
+        """Such an event counts nothing."""
+        time = environment.clock() - self._opened
+        return PerfReading(0, time, time)
 
     def memory(self, offset: int, size: int, writable: bool) -> memoryview:
         """mmap(2): all of it at once."""
@@ -74,7 +106,7 @@ _ids = itertools.count(1)
 
 
 class PerfEventArray(DescriptorArray):
-    """Buffers by processor. What was put in through a descriptor goes when that is closed."""
+    """Buffers and counters, by processor as a rule. What was put in through a descriptor goes when that is closed."""
 
     type = "perf_event_array"
     creation_flags = DescriptorArray.creation_flags | uapi.BPF_F_PRESERVE_ELEMS
@@ -83,9 +115,9 @@ class PerfEventArray(DescriptorArray):
         super().allocate()
         self._put_by: dict[int, object] = {}
 
-    def resolve(self, descriptor: int) -> PerfBuffer:
+    def resolve(self, descriptor: int) -> PerfBuffer | PerfCounter:
         try:
-            return self.descriptors.perf_buffer_of(descriptor)
+            return self.descriptors.perf_event_of(descriptor)
         except OSError:
             raise refused(errno.EBADF) from None
 
@@ -101,17 +133,29 @@ class PerfEventArray(DescriptorArray):
 
     def output(self, flags: int, data: bytes) -> None:
         """bpf_perf_event_output: `flags` has the index, or BPF_F_CURRENT_CPU."""
-        index = flags & uapi.BPF_F_INDEX_MASK
+        event = self._event(flags & uapi.BPF_F_INDEX_MASK)
+        if isinstance(event, PerfBuffer) and event.cpu != environment.cpu:
+            raise refused(errno.EOPNOTSUPP)
+        event.output(data)
+
+    def counted(self, flags: int) -> PerfReading:
+        """bpf_perf_event_read: `flags` is the index, or BPF_F_CURRENT_CPU."""
+        if flags & ~uapi.BPF_F_INDEX_MASK:
+            raise refused(errno.EINVAL)
+        event = self._event(flags)
+        if event.cpu not in (None, environment.cpu):
+            raise refused(errno.EINVAL)
+        return event.read()
+
+    def _event(self, index: int) -> PerfBuffer | PerfCounter:
         if index == uapi.BPF_F_CURRENT_CPU:
             index = environment.cpu
         if index >= self.max_entries:
             raise refused(errno.E2BIG)
-        buffer: PerfBuffer | None = self.held(index)
-        if buffer is None:
+        event: PerfBuffer | PerfCounter | None = self.held(index)
+        if event is None:
             raise refused(errno.ENOENT)
-        if buffer.cpu != environment.cpu:
-            raise refused(errno.EOPNOTSUPP)
-        buffer.output(data)
+        return event
 
     def closed(self, file: object) -> None:
         if not self.flags & uapi.BPF_F_PRESERVE_ELEMS:
