@@ -209,6 +209,10 @@ class Backend(Protocol):
         """
         ...
 
+    def perf_buffer(self, cpu: int, pages: int = 8) -> int:
+        """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`."""
+        ...
+
     def map_freeze(self, fd: int) -> None: ...
 
     # Programs.

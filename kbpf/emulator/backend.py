@@ -200,7 +200,6 @@ class EmulatorBackend:
         return found.memory(offset, size, writable)
 
     def perf_buffer(self, cpu: int, pages: int = 8) -> int:
-        """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`."""
         return self._open(PerfBuffer(cpu, pages))
 
     def perf_counter(self, read: Callable[[], PerfReading], cpu: int | None = None) -> int:

@@ -34,11 +34,21 @@ _NUMBERS = {
 }
 _wide, _narrow = _NUMBERS.get(os.uname().machine, _GENERIC)
 _SYS_BPF = _wide if struct.calcsize("P") == 8 else _narrow
+# The same of perf_event_open(2), for 64-bit machines.
+_SYS_PERF_EVENT_OPEN = {"x86_64": 298, "ppc64le": 319, "ppc64": 319, "s390x": 331, "mips64": 5292, "sparc64": 327}.get(
+    os.uname().machine, 241
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_ulong]
+# The same function again, as another object, for other arguments.
+_perf_event_open = _libc["syscall"]
+_perf_event_open.restype = ctypes.c_long
+_perf_event_open.argtypes = [
+    ctypes.c_long, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ulong,
+]  # fmt: skip
 _libc.recv.restype = ctypes.c_ssize_t
 _libc.recv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.bind.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
@@ -99,6 +109,15 @@ def bpf(command: int, attr: bytearray) -> int:
             tries += 1
         if number not in (errno.EINTR, errno.EAGAIN) or tries == _AGAIN_TRIES:
             raise failure(number)
+
+
+def perf_event_open(attr: bytes, cpu: int) -> int:
+    """perf_event_open(2) for all processes on one processor; the descriptor is close-on-exec."""
+    close_on_exec = 8
+    result = int(_perf_event_open(_SYS_PERF_EVENT_OPEN, attr, -1, cpu, -1, close_on_exec))
+    if result < 0:
+        raise _last_failure()
+    return result
 
 
 def _address(data: bytes | None) -> int:

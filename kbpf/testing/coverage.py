@@ -1,8 +1,9 @@
 """What generated programs really ran: instructions, ways of branches, memory, helpers, maps, with counts.
 
 Counted in the emulator, whose runs agree with the kernel's, by watching each step that is taken. What a run of the
-fuzzer claims to cover is listed by `required_classic` and `required_ebpf`, from the same tables as the instruction
-sets; what is missing of that in the end is an error.
+fuzzer claims to cover is listed by `required_classic`, `required_ebpf` and `required_direct`, from the same tables as
+the instruction sets, and from the emulator's own tables of helpers and maps; what is missing of that in the end is an
+error.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kbpf.emulator import maps
 from kbpf.emulator.classic import ClassicProgram
-from kbpf.emulator.memory import CONTEXT, STACK
+from kbpf.emulator.interpreter import SWITCHED, TAIL_CALL_HELPER
+from kbpf.emulator.memory import CONTEXT, FLOW_KEYS, PACKET, STACK
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.isa import cbpf, ebpf
+from kbpf.specs import ProgramSpec
+from kbpf.testing import compared_elsewhere, generate_direct
 from kbpf.testing.generate_calls import HELPER_ITEMS
+from kbpf.testing.generate_ebpf import MAP_TYPES
 from kbpf.testing.generate_items import ATOMIC_OPERATIONS
 from kbpf.uapi.enums import HELPERS
 
@@ -45,6 +51,7 @@ _MAP_REFERENCES = {
     ebpf.PSEUDO_MAP_VALUE: "value by descriptor",
     ebpf.PSEUDO_MAP_IDX: "map by index",
     ebpf.PSEUDO_MAP_IDX_VALUE: "value by index",
+    ebpf.PSEUDO_FUNC: "function",
 }
 _ATOMICS = {
     **{
@@ -58,6 +65,9 @@ _ATOMICS = {
     ebpf.STORE_REL: "store_release",
 }
 _HELPER_NAMES = {number: name for name, number in HELPERS.items()}
+
+
+_REGIONS = {STACK: "stack", CONTEXT: "context", PACKET: "packet", FLOW_KEYS: "flow keys"}
 
 
 class Watch:
@@ -93,7 +103,7 @@ class Watch:
         off = instruction.off if instruction else 0
 
         def memory(r: Any) -> int:
-            regions[pc, {STACK: "stack", CONTEXT: "context"}.get(r[base] + off >> 32, "value")] += 1
+            regions[pc, _REGIONS.get(r[base] + off >> 32, "value")] += 1
             next = step(r)
             ways[pc, next] += 1
             return next
@@ -116,19 +126,25 @@ def _base(instruction: ebpf.Instruction) -> int | None:
 
 def count_ebpf(counts: Counter[str], watch: Watch) -> None:
     """Add what one program ran."""
-    instructions = watch.program.spec.instructions
+    spec = watch.program.spec
     for (pc, next), times in watch.ways.items():
-        if pc < len(instructions):
-            for name in _ebpf_names(instructions, pc, next):
+        if pc < len(spec.instructions):
+            for name in _ebpf_names(spec, pc, next):
                 counts[name] += times
     for (pc, region), times in watch.regions.items():
-        counts[f"{_memory_name(instructions[pc])} {region}"] += times
-    for found in watch.program.maps:
-        counts[f"map {found.type}"] += 1
+        counts[f"{_memory_name(spec.instructions[pc])} {region}"] += times
 
 
-def _ebpf_names(instructions: Sequence[ebpf.Instruction], pc: int, next: int) -> Iterator[str]:
-    instruction = instructions[pc]
+def count_direct(counts: Counter[str], watch: Watch) -> None:
+    """Add what one program ran, with its type where it calls a helper."""
+    found: Counter[str] = Counter()
+    count_ebpf(found, watch)
+    for name, times in found.items():
+        counts[f"{watch.program.type} {name}" if name.startswith("call ") else name] += times
+
+
+def _ebpf_names(spec: ProgramSpec, pc: int, next: int) -> Iterator[str]:
+    instruction = spec.instructions[pc]
     opcode, _, src, off, imm = instruction
     kind = opcode & 7
     if kind in (ebpf.ALU, ebpf.ALU64):
@@ -137,10 +153,14 @@ def _ebpf_names(instructions: Sequence[ebpf.Instruction], pc: int, next: int) ->
         name = _jump_name(instruction)
         if opcode & 0xF0 in (ebpf.JA, ebpf.CALL, ebpf.EXIT):
             yield name
+            if not src and opcode == ebpf.JMP | ebpf.CALL and imm == TAIL_CALL_HELPER:
+                yield "tail call taken" if next == SWITCHED else "tail call not taken"
         elif off:
             yield f"{name} {'taken' if next != pc + 1 else 'not taken'}"
     elif opcode == ebpf.LD_IMM64:
         yield f"ld_imm64 {_MAP_REFERENCES[src]}"
+        if src in (ebpf.PSEUDO_MAP_IDX, ebpf.PSEUDO_MAP_IDX_VALUE):
+            yield f"map {spec.maps[imm].type}"
     elif kind == ebpf.LD:
         yield f"{_packet_name(opcode, imm)} {'found' if next == pc + 1 else 'missing'}"
 
@@ -190,7 +210,20 @@ def _memory_name(instruction: ebpf.Instruction) -> str:
     return f"{'st' if kind == ebpf.ST else 'stx'} {size}"
 
 
-def required_ebpf(map_types: Sequence[str]) -> set[str]:
+def required_direct() -> set[str]:
+    """What a full run must have run: each helper by each type that may call it, each type of map."""
+    need = {f"{type} call {name}" for type in generate_direct.TYPES for name in generate_direct.generated(type)}
+    need |= {f"map {type}" for type in maps.KINDS if type not in compared_elsewhere.MAPS}
+    need |= {"tail call taken", "tail call not taken"}
+    for size in ("b", "h", "w", "dw"):
+        need |= {f"{name} {size} {where}" for name in ("ldx", "stx") for where in ("packet", "flow keys")}
+        need.add(f"st {size} packet")
+        if size != "dw":
+            need.add(f"ldsx {size} packet")
+    return need
+
+
+def required_ebpf() -> set[str]:
     """What a full run must have run."""
     need = set()
     for wide, bits in ((True, 64), (False, 32)):
@@ -205,7 +238,8 @@ def required_ebpf(map_types: Sequence[str]) -> set[str]:
     need |= {f"{name}{size}" for name in ("le", "be", "bswap") for size in (16, 32, 64)}
     need |= {"ja", "gotol", "exit", "call function", "may_goto not taken"}
     need |= {f"call {name}" for name in HELPER_ITEMS}
-    need |= {f"ld_imm64 {name}" for name in _MAP_REFERENCES.values()}
+    need |= {f"ld_imm64 {name}" for src, name in _MAP_REFERENCES.items() if src != ebpf.PSEUDO_FUNC}
+    need |= {"tail call taken", "tail call not taken"}
     for mode in ("abs", "ind"):
         for size in ("w", "h", "b"):
             need |= {f"ld {mode} {size} {way}" for way in ("found", "missing")}
@@ -226,7 +260,7 @@ def required_ebpf(map_types: Sequence[str]) -> set[str]:
         for size in ("w", "dw")
         for where in ("stack", "value")
     }
-    return need | {f"map {name}" for name in map_types}
+    return need | {f"map {name}" for name in (*MAP_TYPES, "prog_array")}
 
 
 # Classic BPF.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -21,6 +20,7 @@ from kbpf.isa import cbpf, ebpf
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing import carriers, generate_classic, generate_packets, shrink
 from kbpf.testing.carriers import Carrier
+from kbpf.testing.case_maps import CaseMap
 from kbpf.testing.generate_ebpf import EbpfCase
 
 
@@ -122,8 +122,6 @@ class EbpfOutcome:
     log: str = ""
 
 
-#: Elements that one batch is asked for; more than generated maps hold.
-_ELEMENTS = 64
 _BY_DESCRIPTOR = {ebpf.PSEUDO_MAP_IDX: ebpf.PSEUDO_MAP_FD, ebpf.PSEUDO_MAP_IDX_VALUE: ebpf.PSEUDO_MAP_VALUE}
 
 
@@ -150,34 +148,26 @@ def run_ebpf(backend: Backend, case: EbpfCase, loaded: Callable[[int], object] |
     """
     spec = case.spec
     with ExitStack() as stack:
-        maps = []
-        for wanted in spec.maps:
-            fd = backend.map_create(wanted)
-            stack.callback(backend.close, fd)
-            maps.append(fd)
-            for key, value in wanted.contents:
-                backend.map_update(fd, key, value)
+        maps = [CaseMap(backend, wanted, stack) for wanted in spec.maps]
         if case.by_descriptor:
             named = [
-                i._replace(src=_BY_DESCRIPTOR[i.src], imm=maps[i.imm])
+                i._replace(src=_BY_DESCRIPTOR[i.src], imm=maps[i.imm].fd)
                 if i.opcode == ebpf.LD_IMM64 and i.src in _BY_DESCRIPTOR
                 else i
                 for i in spec.instructions
             ]
             spec = replace(spec, instructions=tuple(named))
         try:
-            program = backend.program_load(spec, maps)
+            program = backend.program_load(spec, [made.fd for made in maps])
         except LoadRefused as error:
             return EbpfOutcome(refused=error.errno or 0, log=error.log)
         stack.callback(backend.close, program)
         if loaded is not None:
             loaded(program)
-        for fd, wanted in zip(maps, spec.maps, strict=True):
-            if wanted.type == "prog_array":
-                backend.map_update(fd, bytes(4), program.to_bytes(4, sys.byteorder))
+        for made in maps:
+            made.loaded(program)
         runs = tuple(_run(backend, program, data, context) for data, context in case.runs)
-        shown = [fd for fd, wanted in zip(maps, spec.maps, strict=True) if wanted.type != "prog_array"]
-        return EbpfOutcome(runs, tuple(_contents(backend, fd) for fd in shown))
+        return EbpfOutcome(runs, tuple(made.contents() for made in maps))
 
 
 def last_words(log: str) -> str:
@@ -198,20 +188,6 @@ def _run(backend: Backend, program: int, data: bytes, context: bytes) -> tuple[i
     return ran.value, ran.data, ran.context
 
 
-def _contents(backend: Backend, fd: int) -> dict[bytes, bytes]:
-    info = backend.map_info(fd)
-    size = info.value_size
-    if "percpu" in info.type:
-        size = (size + 7) // 8 * 8 * backend.possible_cpus()
-    batch = backend.map_lookup_batch(fd, None, _ELEMENTS, info.key_size, size)
-    assert batch.token is None
-    keys, values = batch.keys, batch.values
-    return {
-        keys[n * info.key_size : (n + 1) * info.key_size]: values[n * size : (n + 1) * size]
-        for n in range(batch.length)
-    }
-
-
 def shrink_ebpf(kernel: Backend, emulated: Backend, case: EbpfCase) -> EbpfCase:
     """The smallest case that still differs."""
 
@@ -222,14 +198,15 @@ def shrink_ebpf(kernel: Backend, emulated: Backend, case: EbpfCase) -> EbpfCase:
         # Where an address has come into it, it is another one when the maps are others.
         with ExitStack() as stack:
             for spec in trial.spec.maps:
-                stack.callback(kernel.close, kernel.map_create(spec))
+                CaseMap(kernel, spec, stack)
             return run_ebpf(kernel, trial) == truth
 
     def program_fails(program: Sequence[ebpf.Instruction]) -> bool:
-        return fails(replace(case, spec=replace(case.spec, instructions=tuple(program))))
+        return fails(with_program(program))
 
     def with_program(program: Sequence[ebpf.Instruction]) -> EbpfCase:
-        return replace(case, spec=replace(case.spec, instructions=tuple(program)))
+        info = shrink.moved_functions(case.spec.func_info, program)
+        return replace(case, spec=replace(case.spec, instructions=tuple(program), func_info=info))
 
     case = replace(case, runs=tuple(shrink.fewer(case.runs, lambda runs: fails(replace(case, runs=tuple(runs))))))
     case = with_program(shrink.blank(case.spec.instructions, shrink.EBPF_NOP, program_fails, shrink.fills_stack))
@@ -262,6 +239,8 @@ def assert_same(
     by_descriptor: bool = False,
     type: str = "socket_filter",
     attach_type: str | int | None = None,
+    btf: bytes = b"",
+    func_info: bytes = b"",
 ) -> None:
     """Raise `AssertionError` where the kernel and the emulator differ over a program."""
     from kbpf.emulator.backend import EmulatorBackend
@@ -272,6 +251,8 @@ def assert_same(
         expected_attach_type=attach_type,
         instructions=tuple(ebpf.Instruction(*i) for i in program),
         maps=tuple(maps),
+        btf=btf,
+        func_info=func_info,
     )
     case = EbpfCase(spec=spec, runs=tuple(runs), by_descriptor=by_descriptor)
     with one_processor():
@@ -299,6 +280,8 @@ def ebpf_as_test(case: EbpfCase, name: str) -> str:
     lines += ["        ],", f"        by_descriptor={case.by_descriptor},"]
     if case.spec.type != "socket_filter":
         lines += [f"        type={case.spec.type!r},", f"        attach_type={case.spec.expected_attach_type!r},"]
+    if case.spec.func_info:
+        lines += [f"        btf={case.spec.btf!r},", f"        func_info={case.spec.func_info!r},"]
     lines += ["    )"]
     return "\n".join(lines)
 

@@ -1,9 +1,15 @@
 """Run random programs on the kernel and in the emulator, and say where they differ: ``python -m kbpf.testing.fuzz``.
 
-Needs root (bpf(2), and network namespaces for all carriers of classic filters but UNIX sockets). Case N of a seed
-is the same program and packets everywhere. What differs is made small and printed as a test. The exit status is 1 if
-something differs, or if a run of at least `FULL` programs left out something that it should cover
-(`kbpf.testing.coverage`).
+Three kinds: ``cbpf``, classic filters on live sockets; ``ebpf``, socket filters over all instructions
+(`generate_ebpf`); ``direct``, every type of program that has a test run, over all helpers, maps and the packet
+(`generate_direct`). ``all`` shares the count out among them (`SHARES`).
+
+Needs root (bpf(2), and network namespaces, in which all traffic stays). Case N of a seed is the same program and
+packets everywhere. A run begins with case ``--from`` and goes on until the kernel has accepted ``--count`` programs, so
+a long one can be cut into parts: ``all --count 100000 --from 200000`` is the third of ten that make a million.
+
+What differs is made small and printed as a test. The exit status is 1 if something differs, or if a run of at least
+`FULL` programs of a kind left out something that it should cover (`kbpf.testing.coverage`).
 """
 
 from __future__ import annotations
@@ -16,17 +22,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from random import Random
+from typing import Any, Protocol
 
 from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf
-from kbpf.testing.generate_ebpf import MAP_TYPES
+from kbpf.testing.differ import ClassicCase, ClassicOutcome, EbpfOutcome
+from kbpf.testing.generate_ebpf import EbpfCase
+from kbpf.testing.network import NetworkNamespace
 
-KINDS = ("cbpf", "ebpf", "direct")
+#: The kinds, and how many of a thousand programs each gets.
+SHARES = {"cbpf": 300, "ebpf": 300, "direct": 400}
+KINDS = tuple(SHARES)
 #: From this many programs on, a run must cover everything.
-FULL = 5000
+FULL = 20_000
 #: One in so many cases is watched for coverage: watching makes the emulator slow.
 _WATCHED = 4
 _CHUNK = 500
@@ -61,123 +72,165 @@ class Report:
 
     def missing(self) -> list[str]:
         """What should have been covered and was not."""
-        required = {
-            "cbpf": coverage.required_classic,
-            "ebpf": lambda: coverage.required_ebpf((*MAP_TYPES, "prog_array")),
-            "direct": generate_direct.required,
-        }[self.kind]()
-        return sorted(required - self.coverage.keys())
+        return sorted(_REQUIRED[self.kind]() - self.coverage.keys())
 
 
-def fuzz_cbpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
-    """Run the cases of these numbers, over all carriers in turn; stop after `enough` differences."""
-    names = carriers.NAMES
-    report = Report("cbpf")
-    emulated = carriers.emulated()
-    watched = carriers.emulated(lambda program: coverage.WatchedFilter(program, report.coverage))
-    with carriers.kernel() as kernel:
-        for number in cases:
-            case = differ.classic_case(Random(f"{seed}/cbpf/{number}"), names[number % len(names)])
-            truth = differ.run_classic(kernel, case)
-            if isinstance(truth, int):
-                report.refused[f"errno {truth}"] += 1
-                continue
-            report.accepted += 1
-            report.runs += len(case.packets)
-            if differ.run_classic(emulated if number // len(names) % _WATCHED else watched, case) != truth:
-                small = differ.shrink_classic(kernel, emulated, case)
-                report.differences.append(
-                    differ.classic_as_test(small, f"seed_{seed}_case_{number}", differ.run_classic(kernel, small))
-                )
-                if len(report.differences) >= enough:
-                    break
-    return report
-
-
-def fuzz_ebpf(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
-    """Run the cases of these numbers; stop after `enough` differences."""
-    from kbpf.emulator.backend import EmulatorBackend
-    from kbpf.kernel.backend import kernel_backend
-
-    report = Report("ebpf")
-    kernel, emulated = kernel_backend(), EmulatorBackend()
-    with differ.one_processor():
-        for number in cases:
-            case = generate_ebpf.generate(Random(f"{seed}/ebpf/{number}"))
-            truth = differ.run_ebpf(kernel, case)
-            if truth.refused:
-                report.refused[f"errno {truth.refused}: {differ.last_words(truth.log)}"] += 1
-                continue
-            report.accepted += 1
-            report.runs += len(case.runs)
-            watches: list[coverage.Watch] = []
-            watch = (
-                None if number % _WATCHED else lambda fd, to=watches: to.append(coverage.Watch(emulated.program(fd)))
-            )
-            got = differ.run_ebpf(emulated, case, watch)
-            for seen in watches:
-                coverage.count_ebpf(report.coverage, seen)
-            if got != truth:
-                small = differ.shrink_ebpf(kernel, emulated, case)
-                why = differ.differences(differ.run_ebpf(kernel, small), differ.run_ebpf(emulated, small))
-                text = differ.ebpf_as_test(small, f"seed_{seed}_case_{number}")
-                report.differences.append("\n".join([*(f"# {line}" for line in why), text]))
-                if len(report.differences) >= enough:
-                    break
-    return report
-
-
-def fuzz_direct(seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
-    """Run the cases of these numbers, of all the types that reach into packets in turn."""
-    from kbpf.emulator.backend import EmulatorBackend
-    from kbpf.kernel.backend import kernel_backend
-
-    report = Report("direct")
-    kernel, emulated = kernel_backend(), EmulatorBackend()
-    types = generate_direct.TYPES
-    with differ.one_processor():
-        for number in cases:
-            program_type = types[number % len(types)]
-            case = generate_direct.generate(Random(f"{seed}/direct/{number}"), program_type)
-            truth = differ.run_ebpf(kernel, case)
-            if truth.refused:
-                report.refused[f"errno {truth.refused}: {differ.last_words(truth.log)}"] += 1
-                continue
-            report.accepted += 1
-            report.runs += len(case.runs)
-            report.coverage.update(f"{program_type} {name}" for name in generate_direct.called(case))
-            if differ.run_ebpf(emulated, case) != truth:
-                small = differ.shrink_ebpf(kernel, emulated, case)
-                why = differ.differences(differ.run_ebpf(kernel, small), differ.run_ebpf(emulated, small))
-                text = differ.ebpf_as_test(small, f"seed_{seed}_case_{number}")
-                report.differences.append("\n".join([*(f"# {line}" for line in why), text]))
-                if len(report.differences) >= enough:
-                    break
-    return report
-
-
-_FUZZERS: dict[str, Callable[[str, Iterable[int]], Report]] = {
-    "cbpf": fuzz_cbpf,
-    "ebpf": fuzz_ebpf,
-    "direct": fuzz_direct,
+_REQUIRED: dict[str, Callable[[], set[str]]] = {
+    "cbpf": coverage.required_classic,
+    "ebpf": coverage.required_ebpf,
+    "direct": coverage.required_direct,
 }
 
 
+class _Sides(Protocol):
+    """The kernel and the emulator, ready for the cases of a kind."""
+
+    def case(self, seed: str, number: int) -> Any: ...
+
+    def kernel(self, case: Any) -> Any: ...
+
+    def emulator(self, case: Any, watched: bool) -> Any: ...
+
+    def refused(self, outcome: Any) -> str:
+        """What the kernel said of a program that it did not accept, without what differs from program to program."""
+        ...
+
+    def runs(self, case: Any) -> int: ...
+
+    def as_test(self, case: Any, name: str) -> str:
+        """A case that differs, made small, as a test."""
+        ...
+
+
+class _Classic:
+    def __init__(self, stack: ExitStack, counts: Counter[str]) -> None:
+        self._emulated = carriers.emulated()
+        self._watched = carriers.emulated(lambda program: coverage.WatchedFilter(program, counts))
+        self._kernel = stack.enter_context(carriers.kernel())
+
+    def case(self, seed: str, number: int) -> ClassicCase:
+        # The carriers change more slowly than what is watched: so all are.
+        name = carriers.NAMES[number // _WATCHED % len(carriers.NAMES)]
+        return differ.classic_case(Random(f"{seed}/cbpf/{number}"), name)
+
+    def kernel(self, case: ClassicCase) -> ClassicOutcome:
+        return differ.run_classic(self._kernel, case)
+
+    def emulator(self, case: ClassicCase, watched: bool) -> ClassicOutcome:
+        return differ.run_classic(self._watched if watched else self._emulated, case)
+
+    def refused(self, outcome: ClassicOutcome) -> str:
+        return f"errno {outcome}" if isinstance(outcome, int) else ""
+
+    def runs(self, case: ClassicCase) -> int:
+        return len(case.packets)
+
+    def as_test(self, case: ClassicCase, name: str) -> str:
+        small = differ.shrink_classic(self._kernel, self._emulated, case)
+        return differ.classic_as_test(small, name, self.kernel(small))
+
+
+class _Ebpf:
+    def __init__(self, stack: ExitStack, counts: Counter[str]) -> None:
+        from kbpf.emulator.backend import EmulatorBackend
+        from kbpf.kernel.backend import kernel_backend
+
+        self._kernel, self._emulated = kernel_backend(), EmulatorBackend()
+        self._counts = counts
+        stack.enter_context(differ.one_processor())
+
+    def case(self, seed: str, number: int) -> EbpfCase:
+        return generate_ebpf.generate(Random(f"{seed}/ebpf/{number}"))
+
+    def kernel(self, case: EbpfCase) -> EbpfOutcome:
+        return differ.run_ebpf(self._kernel, case)
+
+    def emulator(self, case: EbpfCase, watched: bool) -> EbpfOutcome:
+        watches: list[coverage.Watch] = []
+        outcome = differ.run_ebpf(
+            self._emulated,
+            case,
+            (lambda fd: watches.append(coverage.Watch(self._emulated.program(fd)))) if watched else None,
+        )
+        for watch in watches:
+            self.count(watch)
+        return outcome
+
+    def count(self, watch: coverage.Watch) -> None:
+        coverage.count_ebpf(self._counts, watch)
+
+    def refused(self, outcome: EbpfOutcome) -> str:
+        return f"errno {outcome.refused}: {differ.last_words(outcome.log)}" if outcome.refused else ""
+
+    def runs(self, case: EbpfCase) -> int:
+        return len(case.runs)
+
+    def as_test(self, case: EbpfCase, name: str) -> str:
+        small = differ.shrink_ebpf(self._kernel, self._emulated, case)
+        why = differ.differences(self.kernel(small), self.emulator(small, False))
+        return "\n".join([*(f"# {line}" for line in why), differ.ebpf_as_test(small, name)])
+
+
+class _Direct(_Ebpf):
+    def case(self, seed: str, number: int) -> EbpfCase:
+        types = generate_direct.TYPES
+        return generate_direct.generate(Random(f"{seed}/direct/{number}"), types[number // _WATCHED % len(types)])
+
+    def count(self, watch: coverage.Watch) -> None:
+        coverage.count_direct(self._counts, watch)
+
+
+_SIDES: dict[str, Callable[[ExitStack, Counter[str]], _Sides]] = {"cbpf": _Classic, "ebpf": _Ebpf, "direct": _Direct}
+
+
+def compare(kind: str, seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
+    """Run the cases of these numbers; stop after `enough` differences."""
+    with NetworkNamespace() as namespace:
+        return namespace.call(_compare, kind, seed, cases, enough)
+
+
+def _compare(kind: str, seed: str, cases: Iterable[int], enough: int) -> Report:
+    report = Report(kind)
+    with ExitStack() as stack:
+        sides = _SIDES[kind](stack, report.coverage)
+        for number in cases:
+            case = sides.case(seed, number)
+            truth = sides.kernel(case)
+            if refused := sides.refused(truth):
+                report.refused[refused] += 1
+                continue
+            report.accepted += 1
+            report.runs += sides.runs(case)
+            if sides.emulator(case, number % _WATCHED == 0) != truth:
+                report.differences.append(sides.as_test(case, f"seed_{seed}_case_{number}"))
+                if len(report.differences) >= enough:
+                    break
+    return report
+
+
 def fuzz(
-    kind: str, count: int, seed: str, workers: int | None = None, progress: Callable[[Report], object] = lambda _: None
+    kind: str,
+    count: int,
+    seed: str,
+    first: int = 0,
+    workers: int | None = None,
+    progress: Callable[[Report], object] = lambda _: None,
 ) -> Report:
-    """Run until the kernel has accepted `count` programs, in several processes; `progress` is told now and then."""
+    """Run from case `first` on until the kernel has accepted `count` programs, in several processes.
+
+    `progress` is told now and then.
+    """
     begin = time.monotonic()
     report = Report(kind)
     workers = workers or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        following = 0
+        following = first
         running: set[Future[Report]] = set()
         asked = 0
         while report.accepted < count and len(report.differences) < _ENOUGH:
             while asked < count - report.accepted and len(running) < 2 * workers:
                 size = min(_CHUNK, count - report.accepted - asked)
-                running.add(pool.submit(_FUZZERS[kind], seed, range(following, following + size)))
+                running.add(pool.submit(compare, kind, seed, range(following, following + size)))
                 following += size
                 asked += size
             done = next(as_completed(running))
@@ -235,19 +288,25 @@ def _print(report: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kbpf.testing.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m kbpf.testing.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("kind", choices=(*KINDS, "all"))
-    parser.add_argument("--count", type=int, default=100_000, help="programs of each kind that the kernel accepts")
+    parser.add_argument("--count", type=int, default=1_000_000, help="programs that the kernel accepts, of all kinds")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first case of each kind")
     parser.add_argument("--seed", default="1", help="any text; the same seed gives the same cases")
     parser.add_argument("--workers", type=int, help="processes; as many as processors by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a kind on standard output")
     options = parser.parse_args(arguments)
     status = 0
     for kind in KINDS if options.kind == "all" else (options.kind,):
-        with _progress(kind, options.count) as tell:
-            report = fuzz(kind, options.count, options.seed, options.workers, tell)
+        count = options.count * SHARES[kind] // sum(SHARES.values()) if options.kind == "all" else options.count
+        with _progress(kind, count) as tell:
+            report = fuzz(kind, count, options.seed, options.first, options.workers, tell)
         if options.json:
-            print(json.dumps({**asdict(report), "share": report.share, "missing": report.missing()}))
+            print(json.dumps({**asdict(report), "share": report.share, "missing": report.missing()}), flush=True)
         else:
             _print(report)
         if report.differences or (report.accepted >= FULL and report.missing()):

@@ -6,6 +6,7 @@ end, with the distances over them made shorter.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from kbpf.isa import cbpf, ebpf
 T = TypeVar("T")
 
 CLASSIC_NOP = cbpf.jump(cbpf.JMP | cbpf.JA, 0, 0, 0)
+#: struct bpf_func_info: where a function starts, and its type.
+_FUNCTION = struct.Struct("=II")
 EBPF_NOP = ebpf.Instruction(ebpf.JMP | ebpf.JA)
 
 
@@ -98,10 +101,25 @@ def without_ebpf(program: Sequence[ebpf.Instruction], index: int) -> list[ebpf.I
         if opcode in (ebpf.JMP32 | ebpf.JA, ebpf.JMP | ebpf.CALL):
             if opcode & 7 == ebpf.JMP32 or src == ebpf.PSEUDO_CALL:
                 instruction = instruction._replace(imm=_over(pc, imm, index))
+        elif opcode == ebpf.LD_IMM64:
+            if src == ebpf.PSEUDO_FUNC:
+                instruction = instruction._replace(imm=_over(pc, imm, index))
         elif opcode & 7 in (ebpf.JMP, ebpf.JMP32) and opcode != ebpf.JMP | ebpf.EXIT:
             instruction = instruction._replace(off=_over(pc, off, index))
         out.append(instruction)
     return out
+
+
+def moved_functions(func_info: bytes, program: Sequence[ebpf.Instruction]) -> bytes:
+    """``struct bpf_func_info`` for a program whose functions start elsewhere than they did, or are fewer."""
+    records = list(_FUNCTION.iter_unpack(func_info))
+    starts = sorted({0, *(pc + 1 + i.imm for pc, i in enumerate(program) if _refers_to_function(i))})
+    return b"".join(_FUNCTION.pack(start, type) for start, (_, type) in zip(starts, records, strict=False))
+
+
+def _refers_to_function(instruction: ebpf.Instruction) -> bool:
+    opcode, _, src, _, _ = instruction
+    return (opcode, src) in ((ebpf.LD_IMM64, ebpf.PSEUDO_FUNC), (ebpf.JMP | ebpf.CALL, ebpf.PSEUDO_CALL))
 
 
 def _over(pc: int, distance: int, index: int) -> int:

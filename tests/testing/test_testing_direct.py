@@ -1,22 +1,63 @@
-"""Random programs that reach into packets give the same on the kernel and in the emulator."""
+"""Random programs of all types, over helpers, maps and packets, give the same on the kernel and in the emulator."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from random import Random
+
 import pytest
 
+from kbpf.emulator import helpers, maps, test_runs
+from kbpf.testing import compared_elsewhere, coverage, fuzz, generate_direct
+from kbpf.testing.compared_elsewhere import Elsewhere
 from kbpf.testing.differ import assert_same
-from kbpf.testing.fuzz import fuzz_direct
+from kbpf.testing.generate_maps import MAPS
 
 pytestmark = pytest.mark.requires("kernel")
+
+TESTS = Path(__file__).resolve().parent.parent
 
 _IPV6 = bytes(12) + b"\x86\xdd" + bytes(range(100, 160))
 
 
+@pytest.mark.requires("netns")
 def test_programs_agree() -> None:
-    report = fuzz_direct("test", range(3000))
+    report = fuzz.compare("direct", "test", range(4000))
     assert report.differences == []
     assert report.share > 0.99
-    assert report.missing() == []
+
+
+@pytest.mark.parametrize("type", helpers.ALLOWED)
+def test_every_helper_that_a_type_reaches_is_called_or_compared_elsewhere(type: str) -> None:
+    """One that is in no table: `kbpf.testing.generate_direct` says how to enter it."""
+    if type in compared_elsewhere.TYPES:
+        return
+    elsewhere = {name for name in generate_direct.reachable(type) if compared_elsewhere.where(name, type)}
+    assert generate_direct.reachable(type) - generate_direct.generated(type) == elsewhere
+
+
+def test_every_type_of_program_and_map_is_run_or_compared_elsewhere() -> None:
+    assert helpers.ALLOWED.keys() - compared_elsewhere.TYPES.keys() == set(generate_direct.TYPES)
+    assert test_runs.RUNNERS.keys() >= set(generate_direct.TYPES)
+    made = {spec.type for make in MAPS.values() for spec in [make(Random(1))]}
+    assert maps.KINDS.keys() - compared_elsewhere.MAPS.keys() == made
+
+
+def test_what_is_compared_elsewhere_is_there_and_compared() -> None:
+    """No line of the tables has outlived what it speaks of, and the tests that they name exist."""
+    reachable = {name for type in generate_direct.TYPES for name in generate_direct.reachable(type)}
+    assert {name.rpartition(" ")[2] for name in compared_elsewhere.HELPERS} <= reachable
+    assert compared_elsewhere.TYPES.keys() <= helpers.ALLOWED.keys()
+    assert compared_elsewhere.MAPS.keys() <= maps.KINDS.keys()
+    tables: list[dict[str, Elsewhere]] = [compared_elsewhere.HELPERS, compared_elsewhere.TYPES, compared_elsewhere.MAPS]
+    for line in (line for table in tables for line in table.values()):
+        file, _, function = line.test.partition("::")
+        assert f"def {function}(" in (TESTS / file).read_text(), line
+
+
+def test_a_full_run_must_cover_helpers_maps_and_the_packet() -> None:
+    need = coverage.required_direct()
+    assert need >= {"xdp call xdp_adjust_head", "sk_lookup call loop", "map queue", "tail call taken", "stx dw packet"}
 
 
 def _calling(*calls: tuple[int, ...]) -> list[tuple[int, int, int, int, int]]:

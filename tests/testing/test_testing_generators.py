@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from random import Random
 
 import pytest
@@ -63,6 +64,15 @@ def test_taking_out_an_instruction_keeps_jump_targets() -> None:
     back = ebpf.Instruction(ebpf.JMP | ebpf.JA, 0, 0, -3)
     end = ebpf.Instruction(ebpf.JMP | ebpf.EXIT)
     assert shrink.without_ebpf([over, nop, back, end], 1) == [over._replace(off=1), back._replace(off=-2), end]
+
+
+def test_taking_out_an_instruction_moves_the_functions_behind_it() -> None:
+    nop = ebpf.Instruction(ebpf.JMP | ebpf.JA)
+    end = ebpf.Instruction(ebpf.JMP | ebpf.EXIT)
+    program = [*ebpf.ld_imm64(2, 3, ebpf.PSEUDO_FUNC), nop, end, nop, end]
+    shorter = shrink.without_ebpf(program, 2)
+    assert shorter[0].imm == 2
+    assert shrink.moved_functions(struct.pack("=4I", 0, 7, 4, 8), shorter) == struct.pack("=4I", 0, 7, 3, 8)
 
 
 def test_a_failure_is_made_small() -> None:

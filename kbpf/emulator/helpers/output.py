@@ -9,6 +9,7 @@ from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.perf import PerfEventArray
 from kbpf.emulator.maps.ringbuf import Record, RingBuffer
 from kbpf.emulator.memory import CONTEXT
+from kbpf.emulator.xdp import XdpBuff
 from kbpf.errors import EmulationFault
 from kbpf.uapi import constants as uapi
 
@@ -63,6 +64,12 @@ def ringbuf_query(run: Run, ring: int, what: int, *_: int) -> int:
     return ring_at(run, ring).query(what)
 
 
+def _packet(run: Run, length: int) -> bytes:
+    """The first bytes of the packet, in whatever pieces it lies."""
+    frame = run.context
+    return frame.read(0, length) if isinstance(frame, XdpBuff) else bytes(run.packet.data[:length])
+
+
 def perf_event_output(run: Run, context: int, map: int, flags: int, data: int, size: int) -> int:
     """The bits of BPF_F_CTXLEN_MASK say how many bytes of the packet follow the data."""
     found = map_at(run, map)
@@ -71,7 +78,7 @@ def perf_event_output(run: Run, context: int, map: int, flags: int, data: int, s
     if flags & ~_PERF_FLAGS:
         return -errno.EINVAL
     length = (flags & uapi.BPF_F_CTXLEN_MASK) >> 32
-    packet = run.packet.data[:length] if length else b""
+    packet = _packet(run, length) if length else b""
     if len(packet) < length:
         return -errno.EFAULT
     try:

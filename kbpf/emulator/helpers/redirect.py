@@ -46,6 +46,9 @@ def clone_redirect(run: Run, skb: int, index: int, flags: int, *_: int) -> int:
         return -errno.EBADMSG
     if index not in environment.interfaces:
         return -errno.EINVAL
+    if not packet.length or packet.mac is None or packet.network is None or packet.mac >= packet.network:
+        # Devices as loopback want a link header with something behind it.
+        return -errno.ERANGE
     packet.copies.append((index, flags, packet.data))
     return 0
 

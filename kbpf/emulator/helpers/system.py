@@ -13,6 +13,8 @@ _NANOSECONDS = 1_000_000_000
 _TYPE_NAMESPACE = 8
 #: User space has the lower half of x86-64's 48-bit addresses.
 _USER_BITS = 47
+#: _NSIG: 0 asks whether a signal could be sent.
+_MOST_SIGNAL = 64
 
 
 def get_current_comm(run: Run, buffer: int, size: int, *_: int) -> int:
@@ -76,10 +78,16 @@ def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -
     run.check_writable(to, size)
     out = bytearray()
     try:
-        while len(out) + 1 < size and (byte := run.load(address + len(out), 1)):
+        while len(out) < size and (byte := run.load(address + len(out), 1)):
             out.append(byte)
     except EmulationFault:
         return _probe(run, to, size, None, no_kernel_memory(address))
+    return _text(run, to, size, out)
+
+
+def _text(run: Run, to: int, size: int, out: bytearray) -> int:
+    """The last byte is read, too, and a NUL is put in its place."""
+    out = out[: max(size - 1, 0)]
     run.write(to, (bytes(out) + b"\0")[:size])
     return len(out) + 1 if size else 0
 
@@ -89,19 +97,22 @@ def probe_read_user_str(run: Run, to: int, size: int, address: int, *_: int) -> 
     size &= M32
     run.check_writable(to, size)
     out = bytearray()
-    while len(out) + 1 < size:
+    while len(out) < size:
         byte = environment.user_memory(address + len(out), 1)
         if byte is None:
             return _probe(run, to, size, None)
         if byte == b"\0":
             break
         out += byte
-    run.write(to, (bytes(out) + b"\0")[:size])
-    return len(out) + 1 if size else 0
+    return _text(run, to, size, out)
 
 
 def _send_signal(run: Run, number: int, *_: int) -> int:
-    environment.signals.append(number & M32)
+    number &= M32
+    if number > _MOST_SIGNAL:
+        return -errno.EINVAL
+    if number:
+        environment.signals.append(number)
     return 0
 
 
