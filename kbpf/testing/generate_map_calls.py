@@ -316,6 +316,27 @@ def _locked(draft: Draft) -> Piece:
     return [*look, *call("map_lookup_elem"), *_found(draft, inside)]
 
 
+def _timer(draft: Draft) -> Piece:
+    """A timer through all that can be done to it before it is due, which is long after the run."""
+    rng = draft.rng
+    init = [
+        *copy(1, 8),
+        *the_map(2, draft.map("timers")),
+        *move(3, rng.choice((1, 1, 1, 0, 7, 2))),
+        *call("timer_init"),
+    ]
+    callback = draft.function(move(0, 0), [EXIT])
+    inside = [
+        *copy(8, 0), *init, *mix(0), *copy(1, 8), *function(2, callback), *call("timer_set_callback"), *mix(0),
+        *copy(1, 8), *ebpf.ld_imm64(2, 1 << 62), *move(3, rng.choice((0, 0, 0, 1, 2, 8))),
+        *call("timer_start"), *mix(0),
+    ]  # fmt: skip
+    if rng.random() < 0.7:
+        inside += [*copy(1, 8), *call("timer_cancel"), *mix(0)]
+    look = [*put(KEY, rng.randrange(3), 4), *the_map(1, draft.map("timers")), *stack(2, KEY), *call("map_lookup_elem")]
+    return [*look, *_found(draft, inside)]
+
+
 def _tail_call(draft: Draft) -> Piece:
     """Begin again where the program array has the program, else go on."""
     index = draft.rng.choice((0, 1, 2))
@@ -358,6 +379,7 @@ MAP_CALLS: dict[str, Callable[[Draft], Piece]] = {
     "ringbuf_discard_dynptr": _ring_dynptr("ringbuf_discard_dynptr"),
     "spin_lock": _locked,
     "spin_unlock": _locked,
+    **dict.fromkeys(("timer_init", "timer_set_callback", "timer_start", "timer_cancel"), _timer),
     "tail_call": _tail_call,
     "redirect_map": _redirect_map,
 }

@@ -75,15 +75,17 @@ def _fixed(type: str, **given: Any) -> Callable[[Random], MapSpec]:
     return lambda rng: spec
 
 
-def _locked() -> MapSpec:
-    """An array of {bpf_spin_lock, u64}."""
+def _described(special: str, size: int) -> MapSpec:
+    """An array of {what the kernel knows by this name, u64}."""
     btf = BtfBytes()
-    lock = btf.structure("bpf_spin_lock", 4, ("val", btf.int, 0))
-    value = btf.structure("value", 16, ("lock", lock, 0), ("number", btf.u64, 8))
+    words = [(f"word{at}", btf.int, at) for at in range(0, size, 4)]
+    number_at = max(size, 8)
+    members = ("special", btf.structure(special, size, *words), 0), ("number", btf.u64, number_at)
+    value = btf.structure("value", number_at + 8, *members)
     return MapSpec(
         type="array",
         key_size=4,
-        value_size=16,
+        value_size=number_at + 8,
         max_entries=2,
         btf=btf.bytes(),
         btf_key_type_id=btf.int,
@@ -104,7 +106,7 @@ def _records(rng: Random) -> MapSpec:
 
 
 _INNER = MapSpec(type="array", key_size=4, value_size=VALUE_SIZE, max_entries=2)
-_LOCKED = _locked()
+_LOCKED, _TIMERS = _described("bpf_spin_lock", 4), _described("bpf_timer", 16)
 
 #: What makes each map. Most are named by their type.
 MAPS: dict[str, Callable[[Random], MapSpec]] = {
@@ -130,6 +132,7 @@ MAPS: dict[str, Callable[[Random], MapSpec]] = {
     **{type: _fixed(type, key_size=4, value_size=4, max_entries=3) for type in ("cpumap", "xskmap")},
     "memory": _fixed("array", key_size=4, value_size=32, max_entries=1),
     "locked": lambda rng: _LOCKED,
+    "timers": lambda rng: _TIMERS,
     "read-only": _fixed(
         "array",
         key_size=4,
