@@ -138,13 +138,13 @@ _TAP_QUEUE = 1
 class _EmulatedTap:
     """A packet socket on an emulated network."""
 
-    def __init__(self, prepare: Prepare, kind: int) -> None:
+    def __init__(self, prepare: Prepare, kind: int, stack: ExitStack) -> None:
         self._prepare = prepare
         self._network = Network()
         tap = self._network.add_interface("tap0", address=TAP_MAC)
         assert tap.index == TAP_INDEX
         tap.queue = _TAP_QUEUE
-        self._receiver = EmulatedPacketSocket("tap0", kind, network=self._network)
+        self._receiver = stack.enter_context(EmulatedPacketSocket("tap0", kind, network=self._network))
         self._receiver.setblocking(False)
 
     def attach(self, program: bytes) -> None:
@@ -172,11 +172,13 @@ def _datagram(frame: bytes) -> Packet:
     )
 
 
-def emulated(prepare: Prepare = ClassicProgram) -> dict[str, Carrier]:
+@contextmanager
+def emulated(prepare: Prepare = ClassicProgram) -> Iterator[dict[str, Carrier]]:
     """The emulator's carriers; `prepare` makes a program of instructions."""
-    return {
-        "unix": _EmulatedCarrier(prepare, lambda data: Packet(buffer=data, network=0)),
-        "packet": _EmulatedTap(prepare, socket.SOCK_RAW),
-        "packet_dgram": _EmulatedTap(prepare, socket.SOCK_DGRAM),
-        "udp": _EmulatedCarrier(prepare, _datagram, _UDP_HEADER),
-    }
+    with ExitStack() as stack:
+        yield {
+            "unix": _EmulatedCarrier(prepare, lambda data: Packet(buffer=data, network=0)),
+            "packet": _EmulatedTap(prepare, socket.SOCK_RAW, stack),
+            "packet_dgram": _EmulatedTap(prepare, socket.SOCK_DGRAM, stack),
+            "udp": _EmulatedCarrier(prepare, _datagram, _UDP_HEADER),
+        }

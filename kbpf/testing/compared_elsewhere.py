@@ -19,15 +19,57 @@ _NO_LOCKS = Elsewhere(
     "Linux lets socket filters use no map with a lock",
     "emulator/test_emulator_maps_locks.py::test_commands_with_a_lock",
 )
+_SOCKETS = "it is about sockets, which a test must have made"
+_TYPES_OF_THE_KERNEL = "it takes what this one kernel's BTF describes"
+_NO_TEST_RUN = Elsewhere(
+    "Linux has no test run of it", "emulator/test_emulator_events_access.py::test_what_may_be_loaded_and_stored"
+)
 
 #: Helpers, by name, or by program type and name.
 HELPERS: dict[str, Elsewhere] = {
     "socket_filter spin_lock": _NO_LOCKS,
     "socket_filter spin_unlock": _NO_LOCKS,
-}
+    "sk_lookup_udp": Elsewhere(
+        _SOCKETS, "emulator/test_emulator_socket_lookup.py::test_udp_sockets_are_found_as_the_kernel_scores_them"
+    ),
+    **dict.fromkeys(
+        ("sk_lookup_tcp", "skc_lookup_tcp", "sk_release"),
+        Elsewhere(_SOCKETS, "emulator/test_emulator_socket_lookup.py::test_tcp_sockets_are_found_and_shown"),
+    ),
+    **dict.fromkeys(
+        (
+            "sk_fullsock", "tcp_sock", "get_listener_sock", "skc_to_tcp_sock", "skc_to_tcp6_sock",
+            "skc_to_tcp_timewait_sock", "skc_to_tcp_request_sock", "skc_to_udp6_sock", "skc_to_unix_sock",
+            "skc_to_mptcp_sock",
+        ),
+        Elsewhere(_SOCKETS, "emulator/test_emulator_socket_lookup.py::test_views_are_there_or_not"),
+    ),
+    "sk_assign": Elsewhere(
+        _SOCKETS, "emulator/test_emulator_socket_of_packet.py::test_a_test_run_assigns_no_socket"
+    ),
+    **dict.fromkeys(
+        ("sk_cgroup_id", "sk_ancestor_cgroup_id"),
+        Elsewhere(
+            _SOCKETS,
+            "emulator/test_emulator_socket_of_packet.py::test_it_is_in_the_control_group_of_the_process",
+        ),
+    ),
+    "snprintf_btf": Elsewhere(
+        _TYPES_OF_THE_KERNEL, "emulator/test_emulator_show.py::test_random_values_of_the_kernels_types"
+    ),
+    **dict.fromkeys(
+        ("per_cpu_ptr", "this_cpu_ptr"),
+        Elsewhere(
+            _TYPES_OF_THE_KERNEL,
+            "emulator/test_emulator_kernel_variables.py::test_each_processor_has_its_own",
+        ),
+    ),
+}  # fmt: skip
 
-#: Types of programs that have no test run in Linux, or one that a stream of random packets does not fit.
-TYPES: dict[str, Elsewhere] = {}
+#: Types of programs.
+TYPES: dict[str, Elsewhere] = dict.fromkeys(
+    ("cgroup_sock", "cgroup_sock_addr", "sock_ops", "sk_reuseport"), _NO_TEST_RUN
+)
 
 #: Types of maps that no helper of the types that are generated reaches.
 MAPS: dict[str, Elsewhere] = {

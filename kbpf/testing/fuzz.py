@@ -104,8 +104,8 @@ class _Sides(Protocol):
 
 class _Classic:
     def __init__(self, stack: ExitStack, counts: Counter[str]) -> None:
-        self._emulated = carriers.emulated()
-        self._watched = carriers.emulated(lambda program: coverage.WatchedFilter(program, counts))
+        self._emulated = stack.enter_context(carriers.emulated())
+        self._watched = stack.enter_context(carriers.emulated(lambda program: coverage.WatchedFilter(program, counts)))
         self._kernel = stack.enter_context(carriers.kernel())
 
     def case(self, seed: str, number: int) -> ClassicCase:

@@ -59,7 +59,7 @@ CALLS: dict[str, Callable[[Draft], Piece]] = {**PACKET_CALLS, **MAP_CALLS, **SYS
 _BUFF, _LOOKUP = STRUCTS["__sk_buff"].fields, STRUCTS["bpf_sk_lookup"].fields
 _KEYS = STRUCTS["bpf_flow_keys"]
 #: What Linux leaves open, and pointers.
-_NOT_LOADED = {"data", "data_end", "data_meta", "hash", "napi_id", "flow_keys"}
+_NOT_LOADED = {"data", "data_end", "data_meta", "hash", "napi_id", "flow_keys", "sk"}
 _ATTACH_TYPES = {
     "cgroup_skb": "cgroup_inet_ingress",
     "sk_lookup": "sk_lookup",

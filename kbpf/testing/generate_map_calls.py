@@ -192,7 +192,8 @@ def _loop(draft: Draft) -> Piece:
     # No constant of 0: Linux takes the code of a callback that is never called away, and trips over that.
     count = move(1, rng.choice((1, 3, 17, 100, (8 << 20) + 1, -1)))
     if rng.random() < 0.3:
-        count = [*copy(1, MIX), Instruction(ebpf.ALU64 | ebpf.AND, 1, 0, 0, 3)]
+        # As far as the verifier knows.
+        count = [*the_value(1, draft.map("memory")), *load(1, 1), Instruction(ebpf.ALU64 | ebpf.AND, 1, 0, 0, 3)]
     return [*put(_SUM, 0), *stack(3, _SUM), *_call_loop(count, number, rng.choice((0, 0, 0, 0, 1))), *_sum()]
 
 

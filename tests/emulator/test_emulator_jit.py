@@ -62,11 +62,13 @@ def test_programs_that_reach_into_packets_agree(type: str) -> None:
 
 @pytest.mark.parametrize("name", carriers.NAMES)
 def test_classic_filters_agree(name: str) -> None:
-    interpreted = carriers.emulated(lambda program: ClassicProgram(program, engine="interpreter"))
-    native = carriers.emulated(lambda program: ClassicProgram(program, engine="jit"))
-    for number in range(60):
-        case = differ.classic_case(Random(f"jit/{number}"), name)
-        assert differ.run_classic(native, case) == differ.run_classic(interpreted, case), number
+    with (
+        carriers.emulated(lambda program: ClassicProgram(program, engine="interpreter")) as interpreted,
+        carriers.emulated(lambda program: ClassicProgram(program, engine="jit")) as native,
+    ):
+        for number in range(60):
+            case = differ.classic_case(Random(f"jit/{number}"), name)
+            assert differ.run_classic(native, case) == differ.run_classic(interpreted, case), number
 
 
 @pytest.mark.parametrize(

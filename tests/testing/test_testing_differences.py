@@ -25,8 +25,7 @@ _PAY_OFFSET = [
 @pytest.fixture(scope="module")
 def classic() -> Iterator[Classic]:
     """Runs a filter over packets on both sides, which must agree; gives how many bytes are kept of each."""
-    emulated = carriers.emulated()
-    with carriers.kernel() as kernel:
+    with carriers.emulated() as emulated, carriers.kernel() as kernel:
 
         def run(
             carrier: str, program: Sequence[tuple[int, int, int, int]], packets: Sequence[bytes]
