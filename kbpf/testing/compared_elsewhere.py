@@ -29,6 +29,10 @@ _NO_TEST_RUN = Elsewhere(
 HELPERS: dict[str, Elsewhere] = {
     "socket_filter spin_lock": _NO_LOCKS,
     "socket_filter spin_unlock": _NO_LOCKS,
+    **{
+        f"raw_tracepoint {helper}": _NO_LOCKS
+        for helper in ("spin_lock", "spin_unlock", "timer_init", "timer_set_callback", "timer_start", "timer_cancel")
+    },
     "sk_lookup_udp": Elsewhere(
         _SOCKETS, "emulator/test_emulator_socket_lookup.py::test_udp_sockets_are_found_as_the_kernel_scores_them"
     ),
@@ -54,6 +58,13 @@ HELPERS: dict[str, Elsewhere] = {
             "emulator/test_emulator_socket_of_packet.py::test_it_is_in_the_control_group_of_the_process",
         ),
     ),
+    **dict.fromkeys(
+        ("sk_storage_get", "sk_storage_delete"),
+        Elsewhere(
+            _SOCKETS,
+            "emulator/test_emulator_socket_storage.py::test_programs_and_descriptors_reach_the_same_values",
+        ),
+    ),
     "snprintf_btf": Elsewhere(
         _TYPES_OF_THE_KERNEL, "emulator/test_emulator_show.py::test_random_values_of_the_kernels_types"
     ),
@@ -67,9 +78,20 @@ HELPERS: dict[str, Elsewhere] = {
 }  # fmt: skip
 
 #: Types of programs.
-TYPES: dict[str, Elsewhere] = dict.fromkeys(
-    ("cgroup_sock", "cgroup_sock_addr", "sock_ops", "sk_reuseport"), _NO_TEST_RUN
-)
+TYPES: dict[str, Elsewhere] = {
+    **dict.fromkeys(("cgroup_sock", "cgroup_sock_addr", "sock_ops", "sk_reuseport"), _NO_TEST_RUN),
+    **dict.fromkeys(
+        ("kprobe", "tracepoint", "perf_event", "raw_tracepoint_writable"),
+        Elsewhere(
+            _NO_TEST_RUN.why,
+            "emulator/test_emulator_tracing.py::test_each_helper_is_callable_as_in_the_kernel",
+        ),
+    ),
+    "syscall": Elsewhere(
+        "it may sleep, and so may not use what the others use",
+        "emulator/test_emulator_tracing.py::test_syscall_programs_read_and_write_their_context",
+    ),
+}
 
 #: Types of maps that no helper of the types that are generated reaches.
 MAPS: dict[str, Elsewhere] = {

@@ -60,6 +60,8 @@ _BUFF, _LOOKUP = STRUCTS["__sk_buff"].fields, STRUCTS["bpf_sk_lookup"].fields
 _KEYS = STRUCTS["bpf_flow_keys"]
 #: What Linux leaves open, and pointers.
 _NOT_LOADED = {"data", "data_end", "data_meta", "hash", "napi_id", "flow_keys", "sk"}
+#: What a raw tracepoint can have.
+_ARGUMENTS = 12
 _ATTACH_TYPES = {
     "cgroup_skb": "cgroup_inet_ingress",
     "sk_lookup": "sk_lookup",
@@ -125,6 +127,8 @@ class _Writer(Draft):
 
     def load(self) -> Piece:
         """A number of the context."""
+        if self.type == "raw_tracepoint":
+            return [*load(2, CONTEXT, 8 * self.rng.randrange(_ARGUMENTS)), *mix(2)]
         if self.type == "xdp":
             field = self.rng.choice(("ingress_ifindex", "rx_queue_index"))
             return [Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, 2, CONTEXT, self.layout[field].offset), *mix(2)]
@@ -253,8 +257,14 @@ def _run_of_sk_lookup(rng: Random) -> tuple[bytes, bytes]:
     return b"", bytes(context)
 
 
+def _run_of_raw_tracepoint(rng: Random) -> tuple[bytes, bytes]:
+    """Arguments, which are numbers."""
+    return b"", rng.randbytes(8 * _ARGUMENTS)
+
+
 _RUNS: dict[str, Callable[[Random], tuple[bytes, bytes]]] = {
     "xdp": _run_of_xdp,
     "flow_dissector": _run_of_flow_dissector,
     "sk_lookup": _run_of_sk_lookup,
+    "raw_tracepoint": _run_of_raw_tracepoint,
 }

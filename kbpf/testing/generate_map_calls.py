@@ -164,7 +164,7 @@ def _ring_query(draft: Draft) -> Piece:
 def _perf_output(draft: Draft) -> Piece:
     rng = draft.rng
     index = rng.choice((uapi.BPF_F_CURRENT_CPU,) * 4 + (0, 1, 2, 77))
-    packet = rng.choice((0, 0, 0, 1, 14, 40, 5000)) if draft.type not in ("flow_dissector", "sk_lookup") else 0
+    packet = rng.choice((0, 0, 0, 1, 14, 40, 5000))
     flags = packet << 32 | index | rng.choice((0,) * 9 + (1 << 60,))
     return [
         *copy(1, CONTEXT), *the_map(2, draft.map("perf_event_array")), *ebpf.ld_imm64(3, flags), *stack(4, -NUMBERS),

@@ -55,7 +55,7 @@ def test_programs_agree(first: int) -> None:
 def test_programs_that_reach_into_packets_agree(type: str) -> None:
     interpreter, native = EmulatorBackend("interpreter"), EmulatorBackend("jit")
     with differ.one_processor():
-        for number in range(40):
+        for number in range(25):
             case = generate_direct.generate(Random(f"jit/{number}"), type)
             assert differ.run_ebpf(native, case) == differ.run_ebpf(interpreter, case), number
 

@@ -52,6 +52,12 @@ def test_the_frame_of_an_xdp_program_follows_its_sample(length: int) -> None:
         both("xdp", *sample, frame=frame, maps=(PERF,))
 
 
+def test_programs_without_a_packet_put_none_behind_their_samples() -> None:
+    flags = [*ebpf.ld_imm64(3, 1 << 32 | 0xFFFFFFFF)]
+    sample = (copy(1, CONTEXT), the_map(2, 0), flags, put(-8, 7), stack(4, -8), move(5, 8), call("perf_event_output"))
+    both("raw_tracepoint", *sample, frame=b"", maps=(PERF,))
+
+
 @pytest.mark.parametrize("type", ("lwt_xmit", "sched_cls"))
 @pytest.mark.parametrize("frame", (bytes(14), bytes(15)))
 def test_a_copy_has_something_behind_its_link_header(type: str, frame: bytes) -> None:

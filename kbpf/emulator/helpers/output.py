@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from kbpf.emulator.context import SkBuff
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.perf import PerfEventArray
@@ -71,11 +72,11 @@ def _packet(run: Run, length: int) -> bytes:
 
 
 def perf_event_output(run: Run, context: int, map: int, flags: int, data: int, size: int) -> int:
-    """The bits of BPF_F_CTXLEN_MASK say how many bytes of the packet follow the data."""
+    """The bits of BPF_F_CTXLEN_MASK say how many bytes of the packet follow the data, in programs that have one."""
     found = map_at(run, map)
     if context != CONTEXT << 32 or not isinstance(found, PerfEventArray):
         raise EmulationFault("bpf_perf_event_output takes the context and a perf event array")
-    if flags & ~_PERF_FLAGS:
+    if flags & ~(_PERF_FLAGS if isinstance(run.context, (SkBuff, XdpBuff)) else uapi.BPF_F_INDEX_MASK):
         return -errno.EINVAL
     length = (flags & uapi.BPF_F_CTXLEN_MASK) >> 32
     packet = _packet(run, length) if length else b""
