@@ -3,7 +3,8 @@
 The emulated network is for tests and for programs without privileges: `inject` puts frames on an interface,
 `add_interface` and `add_pair` make more of them, and ``KBPF_EMULATED_CAPTURE=FILE`` plays a capture. `environment` is
 the machine around the programs, as a test sets it; a `ManualClock` makes its time repeatable. `run_program` runs a
-program that Linux runs on events of its own, over a context and a `Sock` that a test makes.
+program that Linux runs on events of its own, over a context and a `Sock` that a test makes. `current_task` is the
+thread that programs run in.
 """
 
 from kbpf.emulator.clock import ManualClock
@@ -12,16 +13,22 @@ from kbpf.emulator.events import EventRun, run_program
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.network import Network, add_interface, add_pair, current, inject, reset
 from kbpf.emulator.sock import Sock
+from kbpf.emulator.task import Area, Task, current_task
+from kbpf.emulator.tracing import Event
 
 __all__ = [
+    "Area",
     "EmulatedInterface",
+    "Event",
     "EventRun",
     "ManualClock",
     "Network",
     "Sock",
+    "Task",
     "add_interface",
     "add_pair",
     "current",
+    "current_task",
     "environment",
     "inject",
     "reset",

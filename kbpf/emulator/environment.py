@@ -10,9 +10,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kbpf.emulator.routes import Device, Route
 from kbpf.emulator.socket_table import SocketTable
+
+if TYPE_CHECKING:
+    from kbpf.emulator.task import Task
 
 
 def _possible_cpus() -> int:
@@ -64,6 +68,10 @@ class Environment:
     cgroup_classid: int = 0
     #: Signals that programs have sent to it.
     signals: list[int] = field(default_factory=list)
+    #: Threads by id, see `kbpf.emulator.current_task`.
+    tasks: dict[int, Task] = field(default_factory=dict)
+    #: The last branches that the processor has taken, ``struct perf_branch_entry`` back to back.
+    branches: bytes = b""
     #: Its memory, by address and size; None where there is none.
     user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
     #: The network namespace.

@@ -141,7 +141,7 @@ def make(program_type: str, given: Mapping[str, Any] | bytes, event: Event | Non
     if isinstance(given, bytes):
         return TracingContext(program_type, given, event)
     if program_type in _FIELDS:
-        return TracingContext(program_type, _packed(program_type, given), event)
+        return TracingContext(program_type, packed(program_type, given), event)
     if program_type == "tracepoint":
         if given:
             raise ValueError("a tracepoint's record is given as bytes")
@@ -160,7 +160,8 @@ def arguments(values: Sequence[int]) -> bytes:
     return packed.ljust(8 * MOST_ARGUMENTS, b"\0")
 
 
-def _packed(program_type: str, values: Mapping[str, int]) -> bytes:
+def packed(program_type: str, values: Mapping[str, int]) -> bytes:
+    """The context of a kprobe's or perf event's program; `ValueError` for what is no field or does not fit."""
     data = bytearray(ACCESS[program_type].end)
     for name, value in values.items():
         place = _FIELDS[program_type].get(name)

@@ -32,18 +32,21 @@ from kbpf.emulator.helpers import (
     system,
     text,
     timer,
+    tracing,
     tunnel,
     xdp,
 )
 from kbpf.emulator.helpers.allowed import ALLOWED as ALLOWED
 from kbpf.emulator.helpers.allowed import SLEEPING, allowed, gpl_only
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER, HelperFunction
-from kbpf.uapi.enums import HELPERS
+from kbpf.errors import ENOTSUPP
+from kbpf.uapi.enums import HELPERS, PROG_TYPES
 
 #: Licences that the kernel takes for compatible (include/linux/license.h).
 GPL_COMPATIBLE = frozenset(
     {"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 )
+_GET_FUNC_IP = HELPERS["get_func_ip"]
 NAMES = {number: name for name, number in HELPERS.items()}
 #: By bpftool's name; each takes the run and R1 to R5.
 FUNCTIONS: dict[int, HelperFunction] = {
@@ -69,6 +72,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
         system.HELPERS,
         text.HELPERS,
         timer.HELPERS,
+        tracing.HELPERS,
         tunnel.HELPERS,
     )
     for name, function in table.items()
@@ -77,6 +81,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
 _OF_TYPE: dict[str, dict[int, HelperFunction]] = {
     "xdp": {HELPERS[name]: function for name, function in xdp.HELPERS.items()},
     "flow_dissector": {HELPERS["skb_load_bytes"]: packet.flow_load_bytes},
+    **{type: {HELPERS[name]: function for name, function in own.items()} for type, own in tracing.OF_TYPE.items()},
 }
 
 
@@ -94,6 +99,8 @@ def check(helper: int, program_type: str, attach_type: int, gpl: bool, sleepable
         raise invalid(f"program of this type cannot use helper {name}")
     if not gpl and helper in gpl_only(program_type):
         raise invalid("cannot call GPL-restricted function from non-GPL compatible program")
+    if helper == _GET_FUNC_IP and program_type != "kprobe":
+        raise invalid(f"func {name} not supported for program type {PROG_TYPES[program_type]}", ENOTSUPP)
     if helper in SLEEPING and not sleepable:
         raise invalid(f"helper call might sleep in a program that may not: {name}")
     if helper not in functions(program_type) and helper != TAIL_CALL_HELPER:

@@ -13,6 +13,8 @@ _NANOSECONDS = 1_000_000_000
 _TYPE_NAMESPACE = 8
 #: User space has the lower half of x86-64's 48-bit addresses.
 _USER_BITS = 47
+#: With five levels of page tables, as processors have today.
+_ADDRESS_BITS = 57
 #: _NSIG: 0 asks whether a signal could be sent.
 _MOST_SIGNAL = 64
 
@@ -51,8 +53,14 @@ def _probe(run: Run, to: int, size: int, read: bytes | None, failed: int = errno
 
 
 def no_kernel_memory(address: int) -> int:
-    """Why a read failed: what is no region of ours and lies where user space would be is no address of the kernel's."""
+    """Why a read failed: what is no region of ours and lies where user space would be is no address of the kernel's.
+
+    Nor is what does not fit the 57 bits that addresses have.
+    """
+    address &= M64
     number = address >> 32
+    if (address + (1 << _ADDRESS_BITS - 1) & M64) >> _ADDRESS_BITS:
+        return errno.ERANGE
     return errno.EFAULT if address >> _USER_BITS or 0 < number < FIRST_SHARED or number in REGIONS else errno.ERANGE
 
 
@@ -69,7 +77,7 @@ def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> in
 def probe_read_user(run: Run, to: int, size: int, address: int, *_: int) -> int:
     size &= M32
     run.check_writable(to, size)
-    return _probe(run, to, size, environment.user_memory(address, size))
+    return _probe(run, to, size, environment.user_memory(address, size) if size else b"")
 
 
 def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -> int:
