@@ -163,15 +163,13 @@ def test_user_stacks_by_build_id(kernel: Side, emulator: Side) -> None:
     assert answers(emulator, calls) == (results, data)
 
 
-STACKS = MapSpec(name="stacks", type="stack_trace", key_size=4, value_size=80, max_entries=4)
-
-
-def stack_ids(side: Side, flags: Sequence[int], wanted: MapSpec, keep: bool = False) -> tuple[list[int], list[bytes]]:
-    """The ids of a run's stacks, and the values by id afterwards."""
+def stack_ids(side: Side, flags: Sequence[int], wanted: MapSpec) -> tuple[list[int], bytes, list[bytes]]:
+    """The ids of a run's stacks, the run's user stack, and keys and values afterwards."""
     fd = side.backend.map_create(wanted)
     calls: list[Call] = [("get_stackid", ("context", ("map", 0), flag)) for flag in flags]
+    calls.append(("get_stack", ("context", at(0), 640, USER)))
     try:
-        ids, _ = answers(side, calls, [fd])
+        ids, whole = answers(side, calls, [fd])
         keys, key = [], None
         while True:
             try:
@@ -189,12 +187,7 @@ def stack_ids(side: Side, flags: Sequence[int], wanted: MapSpec, keep: bool = Fa
             assert caught.value.errno == errno.ENOENT
     finally:
         side.backend.close(fd)
-    return ids, values
-
-
-def the_user_stack(kernel: Side) -> tuple[int, ...]:
-    (length,), data = answers(kernel, [("get_stack", ("context", at(0), 640, USER))])
-    return words(data, length // 8)
+    return ids, whole[: ids[-1]], values
 
 
 @pytest.mark.parametrize("entries", [1, 3, 4, 64])
@@ -213,26 +206,26 @@ def the_user_stack(kernel: Side) -> tuple[int, ...]:
 )
 def test_stacks_have_the_kernels_ids(kernel: Side, emulator: Side, flags: list[int], entries: int) -> None:
     wanted = MapSpec(name="stacks", type="stack_trace", key_size=4, value_size=80, max_entries=entries)
-    ids, values = stack_ids(kernel, flags, wanted)
-    # The whole stack is the longest that was kept; frames are not 0.
-    kept = [tuple(filter(None, words(value[4:], 10))) for value in values]
-    current_task().user_stack = max(kept, key=len, default=(1, 2))
-    assert stack_ids(emulator, flags, wanted) == (ids, values)
+    truth = stack_ids(kernel, flags, wanted)
+    current_task().user_stack = words(truth[1], len(truth[1]) // 8)
+    assert stack_ids(emulator, flags, wanted) == truth
 
 
-def test_stack_maps_by_build_id(kernel: Side, emulator: Side) -> None:
+@pytest.mark.parametrize("entries", [1, 2, 64])
+def test_stack_maps_by_build_id(kernel: Side, emulator: Side, entries: int) -> None:
     wanted = MapSpec(
         name="stacks",
         type="stack_trace",
         key_size=4,
         value_size=96,
-        max_entries=4,
+        max_entries=entries,
         flags=uapi.BPF_F_STACK_BUILD_ID,
     )
-    current_task().user_stack = the_user_stack(kernel)
-    current_task().areas = areas()
-    truth, ours = stack_ids(kernel, [USER], wanted), stack_ids(emulator, [USER], wanted)
-    assert [value[4:] for value in ours[1]] == [value[4:] for value in truth[1]]
+    for flags in ([USER], [USER, USER], [USER, USER | 1], [USER, USER | 1 | uapi.BPF_F_REUSE_STACKID]):
+        truth = stack_ids(kernel, flags, wanted)
+        current_task().user_stack = words(truth[1], len(truth[1]) // 8)
+        current_task().areas = areas()
+        assert stack_ids(emulator, flags, wanted) == truth
 
 
 #: Calls that give the same whatever the machine.
