@@ -1,6 +1,7 @@
 """Sockets of the operating system that this process holds, as far as a process can tell what the kernel keeps.
 
-It is not told whom a socket is connecting to, by which queue packets came, and which end has connected to the other.
+It is not told whom a socket is connecting to, by which queue packets came, which end has connected to the other, and
+whether SO_REUSEPORT was set before or after a port was taken (before is assumed).
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Hashable
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.sock import Sock
+from kbpf.emulator.socket_table import ReuseportGroup
 from kbpf.uapi.constants import (
     BPF_TCP_CLOSE,
     BPF_TCP_ESTABLISHED,
@@ -26,12 +30,15 @@ from kbpf.uapi.constants import (
     SO_MARK,
     SO_PRIORITY,
     SO_PROTOCOL,
+    SO_REUSEPORT,
     SO_TYPE,
 )
 
 _COOKIE = struct.Struct("=Q")
 #: By the socket's inode: sockets that a `Sock` is kept for.
 _SOCKS: WeakValueDictionary[int, Sock] = WeakValueDictionary()
+#: By what they share: protocol, family, address, port and device.
+_GROUPS: WeakValueDictionary[Hashable, ReuseportGroup] = WeakValueDictionary()
 
 
 def keep(descriptor: int, sock: Sock) -> None:
@@ -43,28 +50,51 @@ def sock_of(descriptor: int) -> Sock:
     """The socket behind a descriptor, as it is now; EBADF, ENOTSOCK."""
     try:
         file = os.fstat(descriptor)
-        if not stat.S_ISSOCK(file.st_mode):
-            raise refused(errno.ENOTSOCK)
-        duplicate = os.dup(descriptor)
-    except OverflowError:
+    except (OSError, OverflowError):
         raise refused(errno.EBADF) from None
+    if not stat.S_ISSOCK(file.st_mode):
+        raise refused(errno.ENOTSOCK)
     found = _SOCKS.get(file.st_ino)
-    with socket.socket(fileno=duplicate) as opened:
-        if found is None:
-            found = _SOCKS[file.st_ino] = _ProcessSock(
+    if found is None:
+        found = _SOCKS[file.st_ino] = _ProcessSock(descriptor, file)
+    found.look()
+    return found
+
+
+class _ProcessSock(Sock):
+    """A socket of the operating system's, of which this process has, or has had, a descriptor."""
+
+    def __init__(self, descriptor: int, file: os.stat_result) -> None:
+        self.descriptor, self.inode = descriptor, file.st_ino
+        with socket.socket(fileno=os.dup(descriptor)) as opened:
+            super().__init__(
                 family=_option(opened, SO_DOMAIN),
                 uid=file.st_uid,
                 cgroup_id=environment.cgroup_id,
                 cgroup_ancestors=environment.cgroup_ancestors,
             )
-            found.cookie = _COOKIE.unpack(opened.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
-        if isinstance(found, _ProcessSock):
-            _look(found, opened)
-    return found
+            # Python's own takes no buffers for AF_VSOCK, whose cookie is then of the emulator's.
+            if self.family != socket.AF_VSOCK:
+                self.cookie = _COOKIE.unpack(opened.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
+
+    def look(self) -> bool:
+        """A socket is only to be asked by a descriptor, so that it is gone when there is none."""
+        if not self.closed and not _is_socket(self.descriptor, self.inode):
+            numbers = (int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+            found = next((number for number in numbers if _is_socket(number, self.inode)), None)
+            self.closed, self.descriptor = found is None, -1 if found is None else found
+        if not self.closed:
+            with socket.socket(fileno=os.dup(self.descriptor)) as opened:
+                _look(self, opened)
+        return not self.closed
 
 
-class _ProcessSock(Sock):
-    """A socket of the operating system's."""
+def _is_socket(descriptor: int, inode: int) -> bool:
+    try:
+        file = os.fstat(descriptor)
+    except OSError:
+        return False
+    return file.st_ino == inode and stat.S_ISSOCK(file.st_mode)
 
 
 def _option(opened: socket.socket, option: int) -> int:
@@ -72,29 +102,50 @@ def _option(opened: socket.socket, option: int) -> int:
 
 
 def _look(sock: Sock, opened: socket.socket) -> None:
+    if sock.family == socket.AF_VSOCK:
+        sock.type = opened.type
+        return
     sock.type, sock.protocol = _option(opened, SO_TYPE), _option(opened, SO_PROTOCOL)
     sock.mark, sock.priority = _option(opened, SO_MARK), _option(opened, SO_PRIORITY)
     sock.bound_dev_if = _option(opened, SO_BINDTOIFINDEX)
+    peer = _peer(opened)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.local, sock.local_port = _packed(sock.family, *opened.getsockname()[:2])
+        nobody = bytes(len(sock.local)), 0
+        sock.remote, sock.remote_port = nobody if peer is None else _packed(sock.family, *peer[:2])
         if sock.family == socket.AF_INET6:
             sock.v6only = bool(opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
-    connected = True
+    sock.state = _state(sock, opened, peer is not None)
+    _join(sock, bool(_option(opened, SO_REUSEPORT)))
+
+
+def _peer(opened: socket.socket) -> tuple[str, int] | None:
     try:
-        peer = opened.getpeername()
+        return opened.getpeername()  # type: ignore[no-any-return]
     except OSError:
-        connected = False
-    if connected and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.remote, sock.remote_port = _packed(sock.family, *peer[:2])
-    if sock.protocol == socket.IPPROTO_TCP and sock.type == socket.SOCK_STREAM:
-        sock.state = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    elif connected:
-        sock.state = BPF_TCP_ESTABLISHED
-    elif _option(opened, SO_ACCEPTCONN):
-        sock.state = BPF_TCP_LISTEN
-    else:
-        sock.state = BPF_TCP_CLOSE
+        return None
 
 
 def _packed(family: int, address: str, port: int) -> tuple[bytes, int]:
     return socket.inet_pton(family, address.partition("%")[0]), port
+
+
+def _state(sock: Sock, opened: socket.socket, connected: bool) -> int:
+    if (sock.type, sock.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+        return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    if connected:
+        return BPF_TCP_ESTABLISHED
+    return BPF_TCP_LISTEN if _option(opened, SO_ACCEPTCONN) else BPF_TCP_CLOSE
+
+
+def _join(sock: Sock, shares: bool) -> None:
+    """Put the socket into the group that it shares its port with, which it leaves when it is connected."""
+    waits = sock.state == (BPF_TCP_LISTEN if sock.protocol == socket.IPPROTO_TCP else BPF_TCP_CLOSE)
+    joins = shares and waits and sock.local_port > 0 and sock.family in (socket.AF_INET, socket.AF_INET6)
+    if not joins:
+        # One that has the option no longer stays where it is.
+        if sock.reuseport is not None and not waits:
+            sock.reuseport.remove(sock)
+    elif sock.reuseport is None:
+        shared = sock.protocol, sock.family, sock.local, sock.local_port, sock.bound_dev_if
+        _GROUPS.setdefault(shared, ReuseportGroup()).add(sock)

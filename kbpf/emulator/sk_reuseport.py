@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbpf.emulator.fields import given, narrow
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.memory import M32
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 _LAYOUT = STRUCTS["sk_reuseport_md"].fields
 

@@ -72,6 +72,8 @@ class Sock:
     #: What sock_ops programs are asked about the socket (BPF_SOCK_OPS_*_CB_FLAG), and the hash that it sends with.
     sock_ops_cb_flags: int = 0
     tx_hash: int = 0
+    #: Whether nobody has it open any more.
+    closed: bool = False
     #: What ``struct bpf_tcp_sock`` shows, by field; what is not there is 0.
     tcp: dict[str, int] = field(default_factory=dict)
 
@@ -90,6 +92,10 @@ class Sock:
     def cookie(self) -> int:
         """A number that no other socket has, made when it is first asked for."""
         return next(_cookies)
+
+    def look(self) -> bool:
+        """Whether it is still open; one that somebody else keeps is brought up to date."""
+        return not self.closed
 
     @property
     def full(self) -> bool:

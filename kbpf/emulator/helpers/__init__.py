@@ -15,6 +15,7 @@ from kbpf.emulator.helpers import (
     callbacks,
     cgroup,
     checksum,
+    choose_sock,
     dynptr,
     locks,
     maps,
@@ -59,6 +60,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
         maps.HELPERS,
         output.HELPERS,
         checksum.HELPERS,
+        choose_sock.HELPERS,
         packet.HELPERS,
         percpu.HELPERS,
         perf.HELPERS,
@@ -80,6 +82,7 @@ FUNCTIONS: dict[int, HelperFunction] = {
 #: Where a type's programs reach another function under the same number.
 _OF_TYPE: dict[str, dict[int, HelperFunction]] = {
     "xdp": {HELPERS[name]: function for name, function in xdp.HELPERS.items()},
+    "sk_lookup": {HELPERS[name]: function for name, function in choose_sock.LOOKUP.items()},
     "flow_dissector": {HELPERS["skb_load_bytes"]: packet.flow_load_bytes},
     **{type: {HELPERS[name]: function for name, function in own.items()} for type, own in tracing.OF_TYPE.items()},
 }

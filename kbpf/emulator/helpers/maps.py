@@ -6,10 +6,12 @@ import errno
 from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
+from kbpf.emulator.helpers.references import hold, sock_at
 from kbpf.emulator.interpreter import Code, HelperFunction, Run
 from kbpf.emulator.maps.base import Map
 from kbpf.emulator.maps.bloom import BloomFilter
 from kbpf.emulator.maps.descriptors import ProgArray
+from kbpf.emulator.maps.sockets import SocketMap
 from kbpf.errors import EmulationFault
 
 
@@ -30,14 +32,20 @@ def _find(run: Run, found: Map, key: int) -> int:
 
 
 def map_lookup_elem(run: Run, map: int, key: int, *_: int) -> int:
-    return _find(run, map_at(run, map), key)
+    found = map_at(run, map)
+    if isinstance(found, SocketMap):
+        return hold(run, found.sock_at(run.read(key, found.key_size)))
+    return _find(run, found, key)
 
 
 def map_update_elem(run: Run, map: int, key: int, value: int, flags: int, _: int) -> int:
     found = map_at(run, map)
     found.check_program_writes()
     try:
-        found.store(run.read(key, found.key_size), run.read(value, found.value_size), flags)
+        if isinstance(found, SocketMap):
+            found.put(run.read(key, found.key_size), sock_at(run, value), flags)
+        else:
+            found.store(run.read(key, found.key_size), run.read(value, found.value_size), flags)
     except OSError as error:
         return -(error.errno or 0)
     return 0

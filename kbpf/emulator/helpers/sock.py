@@ -14,6 +14,7 @@ from collections.abc import Callable
 from kbpf.emulator.environment import environment
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
+from kbpf.emulator.helpers.references import hold, sk_release, sock_at
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.local_storage import SocketStorage
 from kbpf.emulator.memory import M32
@@ -24,34 +25,6 @@ from kbpf.uapi.constants import BPF_SK_STORAGE_GET_F_CREATE, BPF_TCP_LISTEN, BPF
 
 #: The size of a packed address, by that of struct bpf_sock_tuple.
 _ADDRESS = {12: 4, 36: 16}
-
-
-class Reference:
-    """A socket that a program has looked up and must release."""
-
-    __slots__ = ("sock",)
-
-    def __init__(self, sock: Sock) -> None:
-        self.sock = sock
-
-    def drop(self) -> None:
-        """Nothing counts references but the run."""
-
-
-def hold(run: Run, sock: Sock | None) -> int:
-    """Give a program a socket that it must release; 0 for None."""
-    if sock is None:
-        return 0
-    run.held = (*run.held, Reference(sock))
-    return sock.address
-
-
-def sock_at(run: Run, address: int) -> Sock:
-    """The socket that a program names by an address that it has been given."""
-    owner = run.owner(address & ~(TCP | STRUCTURE))
-    if not isinstance(owner, Sock):
-        raise EmulationFault("this is no socket", address=address)
-    return owner
 
 
 def full_sock_of(sock: Sock) -> Sock:
@@ -89,15 +62,6 @@ def _device(run: Run) -> int:
     if isinstance(run.context, XdpBuff):
         return run.context.ingress_ifindex
     return run.packet.ifindex or 0
-
-
-def sk_release(run: Run, sock: int, *_: int) -> int:
-    released = sock_at(run, sock)
-    for held in run.held:
-        if isinstance(held, Reference) and held.sock is released:
-            run.held = tuple(other for other in run.held if other is not held)
-            return 0
-    raise EmulationFault("this socket is not held", address=sock)
 
 
 def sk_fullsock(run: Run, sock: int, *_: int) -> int:
@@ -148,18 +112,6 @@ def ancestor_cgroup_id(sock: Sock | None, level: int) -> int:
     return path[level] if level < len(path) else 0
 
 
-def sk_assign(run: Run, context: int, sock: int, flags: int, *_: int) -> int:
-    """Traffic control's: the socket that a packet is for, where it has just come in (Linux 5.7)."""
-    check_context(context)
-    found = sock_at(run, sock)
-    if flags:
-        return -errno.EINVAL
-    if not run.packet.at_ingress or found not in environment.sockets:
-        return -errno.EOPNOTSUPP
-    run.packet.socket = found
-    return 0
-
-
 def _storage(run: Run, map: int) -> SocketStorage:
     found = map_at(run, map)
     if not isinstance(found, SocketStorage):
@@ -207,7 +159,6 @@ HELPERS: dict[str, HelperFunction] = {
     "skc_to_mptcp_sock": _view(STRUCTURE, lambda sock: False),
     "sk_cgroup_id": lambda run, sock, *_: cgroup_id(sock_at(run, sock)),
     "sk_ancestor_cgroup_id": lambda run, sock, level, *_: ancestor_cgroup_id(sock_at(run, sock), level),
-    "sk_assign": sk_assign,
     "sk_storage_get": sk_storage_get,
     "sk_storage_delete": sk_storage_delete,
 }

@@ -18,6 +18,7 @@ from kbpf.emulator.maps.perf import PerfEventArray
 from kbpf.emulator.maps.queue import Queue, Stack
 from kbpf.emulator.maps.redirect import CpuMap, DevMap, DevMapHash, XskMap
 from kbpf.emulator.maps.ringbuf import RingBuffer, UserRingBuffer
+from kbpf.emulator.maps.sockets import ReuseportSockArray, SockHash, SockMap
 from kbpf.emulator.maps.stack_trace import StackTrace
 from kbpf.specs import MapSpec
 from kbpf.uapi.enums import MAP_TYPES
@@ -45,7 +46,10 @@ KINDS: dict[str, type[Map]] = {
         PerfEventArray,
         ProgArray,
         Queue,
+        ReuseportSockArray,
         RingBuffer,
+        SockHash,
+        SockMap,
         SharedCgroupStorage,
         SocketStorage,
         Stack,
