@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from socket import AF_INET, IPPROTO_TCP, SOCK_STREAM
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbpf.emulator import sock
 from kbpf.emulator.attach_types import numbers
 from kbpf.emulator.fields import given
 from kbpf.emulator.interpreter import Run
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.emulator.sock import WRITABLE, Sock
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 _LAYOUT = STRUCTS["bpf_sock"].fields
 _MADE = numbers("cgroup_inet_sock_create", "cgroup_inet_sock_release")
@@ -38,11 +40,13 @@ _ONLY_AT = {
 class SockContext:
     """A `kbpf.emulator.interpreter.Context` over a socket."""
 
-    __slots__ = ("attach_type", "sock")
+    __slots__ = ("attach_type", "retval", "sock")
 
     def __init__(self, sock: Sock, attach_type: int) -> None:
         self.sock = sock
         self.attach_type = attach_type
+        #: What the system call is to return: 0, or a negative errno.
+        self.retval = 0
 
     def show(self, run: Run) -> None:
         """There is no packet."""

@@ -74,6 +74,9 @@ class Sock:
     tx_hash: int = 0
     #: Whether nobody has it open any more.
     closed: bool = False
+    #: Options that programs have set, by level and name (see `kbpf.emulator.socket_options`), and congestion control.
+    options: dict[tuple[int, int], int] = field(default_factory=dict)
+    congestion: str = "cubic"
     #: What ``struct bpf_tcp_sock`` shows, by field; what is not there is 0.
     tcp: dict[str, int] = field(default_factory=dict)
 

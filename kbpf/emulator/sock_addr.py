@@ -11,16 +11,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from socket import AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SOCK_STREAM
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kbpf.emulator.attach_types import EXPECTED, numbers
 from kbpf.emulator.fields import given, narrow
 from kbpf.emulator.interpreter import Run
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
 from kbpf.uapi.enums import ATTACH_TYPES
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 _LAYOUT = STRUCTS["bpf_sock_addr"].fields
 #: ``struct sockaddr_storage``, and where the address' parts are in it.
@@ -58,11 +60,13 @@ class SockAddr:
     `sockaddr` is the ``struct sockaddr``, `source` the packed address that a datagram is to be sent from.
     """
 
-    __slots__ = ("attach_type", "sock", "sockaddr", "source")
+    __slots__ = ("attach_type", "retval", "sock", "sockaddr", "source")
 
     def __init__(self, sock: Sock, attach_type: int, sockaddr: bytes, source: bytes = b"") -> None:
         self.sock = sock
         self.attach_type = attach_type
+        #: What the system call is to return: 0, or a negative errno.
+        self.retval = 0
         self.sockaddr = bytearray(sockaddr.ljust(SOCKADDR_SIZE, b"\0"))
         self.source = bytearray(source.ljust(16, b"\0"))
 

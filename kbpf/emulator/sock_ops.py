@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbpf.emulator.fields import given, narrow
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.memory import M32
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock, load
+from kbpf.uapi.constants import BPF_SOCK_OPS_TSTAMP_SCHED_CB, BPF_SOCK_OPS_TSTAMP_SENDMSG_CB
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 _LAYOUT = STRUCTS["bpf_sock_ops"].fields
 _TCP = STRUCTS["bpf_tcp_sock"].fields
@@ -31,7 +34,7 @@ class SockOps:
     look at, and `length` the bytes of the segment that it belongs to, from the header on.
     """
 
-    __slots__ = ("args", "full", "hwtstamp", "length", "op", "room", "segment", "sock")
+    __slots__ = ("args", "full", "hwtstamp", "length", "op", "retval", "room", "segment", "sock")
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class SockOps:
     ) -> None:
         self.sock = sock
         self.op = op
+        #: What the system call is to return: 0, or a negative errno.
+        self.retval = 0
         self.args = [*args, 0, 0, 0, 0][:4]
         self.full = sock.full if full is None else full
         self.segment = None if segment is None else bytearray(segment)
@@ -53,6 +58,11 @@ class SockOps:
         self.hwtstamp = hwtstamp
         #: Bytes of options that may still be written or reserved.
         self.room = 0
+
+    @property
+    def locked(self) -> bool:
+        """Whether the socket is the program's alone meanwhile, as it is but for timestamps."""
+        return self.full and not BPF_SOCK_OPS_TSTAMP_SCHED_CB <= self.op <= BPF_SOCK_OPS_TSTAMP_SENDMSG_CB
 
     def show(self, run: Run) -> None:
         if self.segment is not None:
@@ -71,7 +81,7 @@ class SockOps:
             return False
         if offset == _REPLY:
             self.args[0] = value
-        elif self.full:
+        elif self.locked:
             self.sock.tx_hash = value
         return True
 
@@ -94,7 +104,7 @@ def _argument(index: int) -> Callable[[SockOps], int]:
 
 def _tcp(name: str) -> Callable[[SockOps], int]:
     mask = (1 << 8 * _TCP[name].size) - 1
-    return lambda ops: ops.sock.tcp.get(name, 0) & mask if ops.full else 0
+    return lambda ops: ops.sock.tcp.get(name, 0) & mask if ops.locked else 0
 
 
 def _shown(name: str, index: int = 0) -> Callable[[SockOps], int]:
@@ -112,9 +122,9 @@ _SINGLE: dict[str, Callable[[SockOps], int]] = {
     "remote_port": lambda ops: socket.htons(ops.sock.remote_port) << 16,
     "local_port": lambda ops: ops.sock.local_port,
     "is_fullsock": lambda ops: int(ops.full),
-    "bpf_sock_ops_cb_flags": lambda ops: ops.sock.sock_ops_cb_flags if ops.full else 0,
+    "bpf_sock_ops_cb_flags": lambda ops: ops.sock.sock_ops_cb_flags if ops.locked else 0,
     "state": lambda ops: ops.sock.state,
-    "sk_txhash": lambda ops: ops.sock.tx_hash & M32 if ops.full else 0,
+    "sk_txhash": lambda ops: ops.sock.tx_hash & M32 if ops.locked else 0,
     "sk": lambda ops: ops.sock.address if ops.full else 0,
     "skb_data": lambda ops: 0 if ops.segment is None else PACKET_ADDRESS,
     "skb_data_end": lambda ops: 0 if ops.segment is None else PACKET_ADDRESS + len(ops.segment),

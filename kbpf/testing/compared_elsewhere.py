@@ -65,20 +65,6 @@ HELPERS: dict[str, Elsewhere] = {
             "emulator/test_emulator_socket_storage.py::test_programs_and_descriptors_reach_the_same_values",
         ),
     ),
-    **dict.fromkeys(
-        ("current_task_under_cgroup", "skb_under_cgroup"),
-        Elsewhere(
-            "it is about control groups, which a test must have made",
-            "emulator/test_emulator_maps_cgroup.py::test_who_is_in_a_group",
-        ),
-    ),
-    **dict.fromkeys(
-        ("perf_event_read", "perf_event_read_value"),
-        Elsewhere(
-            "it is about counters, which go on counting",
-            "emulator/test_emulator_perf_counters.py::test_what_may_be_read_from_here",
-        ),
-    ),
     "snprintf_btf": Elsewhere(
         _TYPES_OF_THE_KERNEL, "emulator/test_emulator_show.py::test_random_values_of_the_kernels_types"
     ),
@@ -113,7 +99,7 @@ MAPS: dict[str, Elsewhere] = {
         "only commands reach it",
         "emulator/test_emulator_maps_stateful.py::test_random_sequences_have_the_kernels_results",
     )
-    for type in ("stack_trace", "sk_storage", "inode_storage", "task_storage", "cgrp_storage", "cgroup_array")
+    for type in ("stack_trace", "sk_storage", "inode_storage", "task_storage", "cgrp_storage")
 }
 
 

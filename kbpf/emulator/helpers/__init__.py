@@ -17,6 +17,7 @@ from kbpf.emulator.helpers import (
     checksum,
     choose_sock,
     dynptr,
+    hooks,
     locks,
     maps,
     output,
@@ -30,7 +31,9 @@ from kbpf.emulator.helpers import (
     show,
     skb,
     sock,
+    sockopt,
     system,
+    tcp_options,
     text,
     timer,
     tracing,
@@ -71,7 +74,9 @@ FUNCTIONS: dict[int, HelperFunction] = {
         show.HELPERS,
         skb.HELPERS,
         sock.HELPERS,
+        sockopt.HELPERS,
         system.HELPERS,
+        tcp_options.HELPERS,
         text.HELPERS,
         timer.HELPERS,
         tracing.HELPERS,
@@ -79,10 +84,14 @@ FUNCTIONS: dict[int, HelperFunction] = {
     )
     for name, function in table.items()
 }
+_HOOKS = {HELPERS[name]: function for name, function in hooks.HELPERS.items()}
 #: Where a type's programs reach another function under the same number.
 _OF_TYPE: dict[str, dict[int, HelperFunction]] = {
     "xdp": {HELPERS[name]: function for name, function in xdp.HELPERS.items()},
     "sk_lookup": {HELPERS[name]: function for name, function in choose_sock.LOOKUP.items()},
+    **dict.fromkeys(("cgroup_sock_addr", "sock_ops"), _HOOKS),
+    "cgroup_sock": _HOOKS | {HELPERS[name]: function for name, function in hooks.CGROUP_SOCK.items()},
+    "sk_reuseport": {HELPERS[name]: function for name, function in hooks.REUSEPORT.items()},
     "flow_dissector": {HELPERS["skb_load_bytes"]: packet.flow_load_bytes},
     **{type: {HELPERS[name]: function for name, function in own.items()} for type, own in tracing.OF_TYPE.items()},
 }

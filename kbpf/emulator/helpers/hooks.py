@@ -1,0 +1,79 @@
+"""Helpers of programs that run in a control group's hooks, and of those that choose a socket for a packet.
+
+What a hook's system call is to return is kept with the context, which all programs of the hook share (Linux 5.18).
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kbpf.emulator.cgroup_sock import SockContext
+from kbpf.emulator.helpers.maps import map_at
+from kbpf.emulator.helpers.packet import check_context
+from kbpf.emulator.helpers.sock import sk_storage_get, sock_at
+from kbpf.emulator.interpreter import HelperFunction, Run
+from kbpf.emulator.maps.perf import PerfEventArray
+from kbpf.emulator.memory import M32, M64
+from kbpf.emulator.sock_addr import SockAddr
+from kbpf.emulator.sock_ops import SockOps
+from kbpf.errors import EmulationFault
+from kbpf.uapi.constants import BPF_F_INDEX_MASK
+
+
+def _context(run: Run) -> SockContext | SockAddr | SockOps:
+    context = run.context
+    if not isinstance(context, (SockContext, SockAddr, SockOps)):
+        raise EmulationFault("the program runs in no hook of a control group")
+    return context
+
+
+def get_retval(run: Run, *_: int) -> int:
+    return _context(run).retval
+
+
+def set_retval(run: Run, value: int, *_: int) -> int:
+    value &= M32
+    _context(run).retval = value - (value >> 31 << 32)
+    return 0
+
+
+def context_cookie(run: Run, context: int, *_: int) -> int:
+    check_context(context)
+    return _context(run).sock.cookie
+
+
+def context_storage_get(run: Run, map: int, context: int, value: int, flags: int, _: int) -> int:
+    """bpf_sk_storage_get of the socket that is the context."""
+    check_context(context)
+    return sk_storage_get(run, map, _context(run).sock.address, value, flags, 0)
+
+
+def event_output(run: Run, context: int, map: int, flags: int, data: int, size: int) -> int:
+    """bpf_perf_event_output where no packet can follow the data."""
+    check_context(context)
+    found = map_at(run, map)
+    if not isinstance(found, PerfEventArray):
+        raise EmulationFault("bpf_perf_event_output takes a perf event array")
+    if flags & ~BPF_F_INDEX_MASK & M64:
+        return -errno.EINVAL
+    try:
+        found.output(flags, run.read(data, size))
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+def sock_cookie(run: Run, sock: int, *_: int) -> int:
+    """0 for no socket."""
+    return sock_at(run, sock).cookie if sock else 0
+
+
+#: For programs of hooks, of those for cgroup_sock too, and for sk_reuseport.
+HELPERS: dict[str, HelperFunction] = {
+    "get_retval": get_retval,
+    "set_retval": set_retval,
+    "get_socket_cookie": context_cookie,
+    "perf_event_output": event_output,
+}
+CGROUP_SOCK: dict[str, HelperFunction] = {"sk_storage_get": context_storage_get}
+REUSEPORT: dict[str, HelperFunction] = {"get_socket_cookie": sock_cookie}
