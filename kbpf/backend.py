@@ -104,6 +104,16 @@ class RawRun(NamedTuple):
     duration_ns: int
 
 
+class RunOptions(NamedTuple):
+    """How BPF_PROG_TEST_RUN runs a program: its attributes besides data and context, each 0 where it is not used."""
+
+    repeat: int = 1
+    #: BPF_F_TEST_RUN_ON_CPU, BPF_F_TEST_XDP_LIVE_FRAMES, BPF_F_TEST_SKB_CHECKSUM_COMPLETE.
+    flags: int = 0
+    cpu: int = 0
+    batch_size: int = 0
+
+
 class MemoryAccess(NamedTuple):
     """Memory that an instruction touched: where in a region, how many bytes, and whether they were written.
 
@@ -228,8 +238,10 @@ class Backend(Protocol):
 
     def program_info(self, fd: int) -> ProgramInfo: ...
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
-        """BPF_PROG_TEST_RUN; `context` may be empty. `cpu` is for raw tracepoints (BPF_F_TEST_RUN_ON_CPU)."""
+    def program_run(
+        self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
+    ) -> RawRun:
+        """BPF_PROG_TEST_RUN; `context` may be empty. `flags` are BPF_F_TEST_*; see `RunOptions`."""
         ...
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:

@@ -20,6 +20,7 @@ from kbpf.backend import (
     MapInfo,
     ProgramInfo,
     RawRun,
+    RunOptions,
     SocketLike,
     TraceStep,
     refused_by_object,
@@ -228,9 +229,11 @@ class EmulatorBackend:
             gpl_compatible=found.gpl_compatible,
         )
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
+    def program_run(
+        self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
+    ) -> RawRun:
         run_due()
-        return test_runs.run(self.program(fd), data, context, repeat, cpu)
+        return test_runs.run(self.program(fd), data, context, RunOptions(repeat, flags, cpu, batch_size))
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         return trace.trace(self.program(fd), data, context)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.memory import FLOW_KEYS
@@ -66,8 +66,10 @@ class FlowContext:
         self.keys[field.offset : field.offset + field.size] = value.to_bytes(field.size, sys.byteorder)
 
 
-def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+def test_run(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    if options.flags or options.cpu or options.batch_size:
+        raise refused(errno.EINVAL)
     if not ETH_HLEN <= len(data) <= _MOST_DATA:
         raise refused(errno.EINVAL)
     flags = decode(context, _KEYS)["flags"]
@@ -84,5 +86,5 @@ def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawR
         flow.clamp()
         return value
 
-    value, duration = timed(repeat, once)
+    value, duration = timed(options.repeat, once)
     return RawRun(value, bytes(flow.keys), given if context else b"", duration)

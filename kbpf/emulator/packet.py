@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kbpf.emulator.internet_checksum import add, partial, shift
+from kbpf.emulator.memory import M32
 from kbpf.emulator.sock import Sock
 
 #: Bytes that drivers leave before a packet, and the step in which more are made.
@@ -86,6 +88,9 @@ class Packet:
     encapsulated: bool = False
     #: How many checksums behind one another are known to be right, less one; None: none is.
     csum_level: int | None = None
+    #: The sum that the network card has made from the network header on (``skb->csum``), and whether it is to be true.
+    csum: int = 0
+    csum_complete: bool = False
     tunnel: Tunnel | None = None
     #: The socket that it belongs to (``skb->sk``).
     socket: Sock | None = None
@@ -103,6 +108,16 @@ class Packet:
     def data(self) -> bytes:
         """The bytes from offset 0 on."""
         return bytes(self.buffer[self.offset :] if self.offset else self.buffer)
+
+    def sum_in(self, data: bytes, at: int = 0) -> None:
+        """Bytes have come into what is summed up (`skb_postpush_rcsum`)."""
+        if self.csum_complete:
+            self.csum = add(self.csum, shift(partial(data, 0), at))
+
+    def sum_out(self, data: bytes, at: int = 0) -> None:
+        """Bytes go out of what is summed up (`skb_postpull_rcsum`)."""
+        if self.csum_complete:
+            self.csum = add(self.csum, shift(~partial(data, 0) & M32, at))
 
     def push(self, size: int) -> None:
         """Move offset 0 to the front, into what lies there or into zeroes (`skb_push`)."""
@@ -133,8 +148,10 @@ class Packet:
         self.length -= size
 
     def resize(self, length: int) -> None:
-        """Cut at the end, or add zeroes, so that `length` bytes follow offset 0."""
+        """Cut at the end, or add zeroes, so that `length` bytes follow offset 0; what was summed up is not any more."""
         end = self.offset + length
+        if length != self.length:
+            self.csum_complete = False
         self.behind = bytes(self.buffer[end:]) + self.behind[max(length - self.length, 0) :]
         self.buffer = bytearray(self.buffer[:end].ljust(end, b"\0"))
         self.length = length

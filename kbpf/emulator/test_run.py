@@ -13,16 +13,18 @@ import sys
 import time
 from collections.abc import Callable
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import received_protocol
+from kbpf.emulator.internet_checksum import fold16, partial
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
 from kbpf.uapi.constants import (
     ARPHRD_LOOPBACK,
+    BPF_F_TEST_SKB_CHECKSUM_COMPLETE,
     ETH_P_IP,
     ETH_P_IPV6,
     PACKET_HOST,
@@ -57,8 +59,14 @@ _SETTABLE = (
 _MOST_WIRE, _MOST_SEGMENTS = 65536, 65535
 
 
-def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
-    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+def run(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`.
+
+    With BPF_F_TEST_SKB_CHECKSUM_COMPLETE the network card has summed the packet up, and EBADMSG says that the program
+    has changed it without telling.
+    """
+    if options.flags & ~BPF_F_TEST_SKB_CHECKSUM_COMPLETE or options.cpu or options.batch_size:
+        raise refused(errno.EINVAL)
     if not ETH_HLEN <= len(data) <= MOST_DATA:
         raise refused(errno.EINVAL)
     fields = decode(context, _LAYOUT)
@@ -91,7 +99,12 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     buff = SkBuff(packet, program.type)
     cb = _LAYOUT.fields["cb"]
     buff.cb[:] = padded(context, _LAYOUT)[cb.offset : cb.offset + len(buff.cb)]
-    value, duration = timed(repeat, lambda: program.execute(packet, packet.data, buff))
+    summed = bool(options.flags & BPF_F_TEST_SKB_CHECKSUM_COMPLETE)
+    if summed:
+        packet.csum, packet.csum_complete = partial(data[ETH_HLEN:], 0), True
+    value, duration = timed(options.repeat, lambda: program.execute(packet, packet.data, buff))
+    if summed and fold16(packet.csum) != fold16(partial(bytes(packet.buffer[packet.network :]), 0)):
+        raise refused(errno.EBADMSG)
     out = packet.data
     if not with_header:
         out = bytes(ETH_HLEN) + out

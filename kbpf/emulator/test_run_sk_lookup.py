@@ -9,7 +9,7 @@ import errno
 import socket
 import sys
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
@@ -21,9 +21,9 @@ _LAYOUT = STRUCTS["bpf_sk_lookup"]
 _MOST_PORT = 0xFFFF
 
 
-def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+def test_run(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
-    if data:
+    if data or options.flags or options.cpu or options.batch_size:
         raise refused(errno.EINVAL)
     fields = decode(context, _LAYOUT)
     given = padded(context, _LAYOUT)
@@ -41,7 +41,7 @@ def test_run(program: Program, data: bytes, context: bytes, repeat: int) -> RawR
         looked.selected, looked.no_reuseport = None, False
         return int(program.execute(packet, b"", looked) != 0)
 
-    value, duration = timed(repeat, once)
+    value, duration = timed(options.repeat, once)
     chosen = looked.selected if value else None
     if chosen is not None and chosen.reuseport is not None and not looked.no_reuseport:
         raise refused(errno.EOPNOTSUPP)

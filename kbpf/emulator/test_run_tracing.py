@@ -7,42 +7,48 @@ context is its arguments; a `syscall` program shares its context with who runs i
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import Context
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.tracing import MOST_ARGUMENTS, SyscallContext, TracingContext
+from kbpf.uapi.constants import BPF_F_TEST_RUN_ON_CPU
 
 #: U16_MAX.
 _MOST_CONTEXT = 0xFFFF
 
 
-def raw_tracepoint(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
-    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
-    if data or repeat > 1 or not program.context_end <= len(context) <= 8 * MOST_ARGUMENTS:
+def raw_tracepoint(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
+    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`.
+
+    With BPF_F_TEST_RUN_ON_CPU on a processor: ENXIO where there is no such one.
+    """
+    if data or options.repeat > 1 or options.batch_size:
         raise refused(errno.EINVAL)
-    return RawRun(_run(program, TracingContext(program.type, context)), b"", context, 0)
-
-
-def on_cpu(cpu: int, run: Callable[[], RawRun]) -> RawRun:
-    """What BPF_F_TEST_RUN_ON_CPU does; ENXIO where there is no such processor."""
-    here = environment.cpu
-    if not 0 <= cpu < environment.cpus:
-        raise refused(errno.ENXIO)
+    if not program.context_end <= len(context) <= 8 * MOST_ARGUMENTS:
+        raise refused(errno.EINVAL)
+    here = cpu = environment.cpu
+    if options.flags & BPF_F_TEST_RUN_ON_CPU:
+        cpu = options.cpu
+        if not 0 <= cpu < environment.cpus:
+            raise refused(errno.ENXIO)
+    elif options.cpu:
+        raise refused(errno.EINVAL)
     environment.cpu = cpu
     try:
-        return run()
+        return RawRun(_run(program, TracingContext(program.type, context)), b"", context, 0)
     finally:
         environment.cpu = here
 
 
-def syscall(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+def syscall(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
-    if data or repeat > 1 or not program.context_end <= len(context) <= _MOST_CONTEXT:
+    if data or options.repeat > 1 or options.flags or options.batch_size:
+        raise refused(errno.EINVAL)
+    if not program.context_end <= len(context) <= _MOST_CONTEXT:
         raise refused(errno.EINVAL)
     shared = SyscallContext(context)
     value = _run(program, shared)

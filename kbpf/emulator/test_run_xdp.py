@@ -9,23 +9,36 @@ from __future__ import annotations
 import errno
 import sys
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.helpers.xdp import is_metadata_length
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.test_run import ETH_HLEN, decode, timed
 from kbpf.emulator.xdp import FRAME, HEADROOM, RESERVED, SHARED_INFO, XdpBuff
+from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES
+from kbpf.uapi.enums import ATTACH_TYPES
 from kbpf.uapi.structs import STRUCTS
 
 _LAYOUT = STRUCTS["xdp_md"]
 _LOOPBACK = 1
 #: MAX_SKB_FRAGS.
 _MOST_FRAGMENTS = 17
+#: TEST_XDP_MAX_BATCH.
+_MOST_BATCH = 256
+#: Programs in values of devmaps and cpumaps.
+_OF_MAPS = (ATTACH_TYPES["xdp_devmap"], ATTACH_TYPES["xdp_cpumap"])
 
 
-def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
+def run(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
+    live = options.flags & BPF_F_TEST_XDP_LIVE_FRAMES
+    if program.attach_type in _OF_MAPS or options.flags & ~BPF_F_TEST_XDP_LIVE_FRAMES:
+        raise refused(errno.EINVAL)
+    if options.batch_size > (_MOST_BATCH if live else 0):
+        raise refused(errno.E2BIG if live else errno.EINVAL)
+    if live:
+        raise OSError(errno.EOPNOTSUPP, "the emulator does not have BPF_F_TEST_XDP_LIVE_FRAMES yet")
     fields = decode(context, _LAYOUT)
     metadata, first = 0, len(data)
     if context:
@@ -46,7 +59,7 @@ def run(program: Program, data: bytes, context: bytes, repeat: int) -> RawRun:
     buff = XdpBuff(data[:first], metadata=metadata, fragments=fragments)
     buff.ingress_ifindex = index
     packet = Packet(buffer=b"")
-    value, duration = timed(repeat, lambda: program.execute(packet, b"", buff))
+    value, duration = timed(options.repeat, lambda: program.execute(packet, b"", buff))
     out = b""
     if context:
         words = {**fields, "data": buff.data - buff.meta, "data_end": buff.end - buff.meta}

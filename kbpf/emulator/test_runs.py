@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kbpf.backend import RawRun
+from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator import flow_dissector, test_run, test_run_sk_lookup, test_run_tracing, test_run_xdp
 from kbpf.emulator.context import ACCESS
 from kbpf.emulator.maps.base import refused
@@ -14,8 +13,10 @@ from kbpf.emulator.maps.cgroup import values_of_a_test
 from kbpf.emulator.program import Program
 from kbpf.errors import ENOTSUPP
 
-#: Takes the program, data, context and how often to run; raises `OSError` with the kernel's errno.
-Runner: TypeAlias = Callable[[Program, bytes, bytes, int], RawRun]
+#: Takes the program, data, context and how to run it; raises `OSError` with the kernel's errno.
+Runner: TypeAlias = Callable[[Program, bytes, bytes, RunOptions], RawRun]
+
+_ONCE = RunOptions()
 
 RUNNERS: dict[str, Runner] = {
     **dict.fromkeys(ACCESS, test_run.run),
@@ -27,14 +28,10 @@ RUNNERS: dict[str, Runner] = {
 }
 
 
-def run(program: Program, data: bytes, context: bytes, repeat: int, cpu: int | None = None) -> RawRun:
+def run(program: Program, data: bytes, context: bytes, options: RunOptions = _ONCE) -> RawRun:
     """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
     runner = RUNNERS.get(program.type)
     if runner is None:
         raise refused(ENOTSUPP)
-    if cpu is None:
-        with values_of_a_test():
-            return runner(program, data, context, repeat)
-    if program.type != "raw_tracepoint":
-        raise refused(errno.EINVAL)
-    return test_run_tracing.on_cpu(cpu, lambda: runner(program, data, context, repeat))
+    with values_of_a_test():
+        return runner(program, data, context, options)

@@ -35,7 +35,7 @@ def trace(program: Program, data: bytes, context: bytes) -> Iterator[TraceStep]:
     watched.code = Code(steps, program.code.functions, program.code.frames)
     fault = None
     try:
-        test_runs.run(watched, data, context, 1)
+        test_runs.run(watched, data, context)
     except EmulationFault as error:
         fault = error
     return _shown(taken, fault)

@@ -12,7 +12,7 @@ from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, Info, command
 from kbpf.kernel.btf import loaded_btf
 from kbpf.specs import ProgramSpec
-from kbpf.uapi.constants import BPF_F_TEST_RUN_ON_CPU
+from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES
 from kbpf.uapi.structs import STRUCTS
 
@@ -73,21 +73,30 @@ class ProgramCommands:
             bool(info["gpl_compatible"]),
         )
 
-    def program_run(self, fd: int, data: bytes, context: bytes, repeat: int = 1, cpu: int | None = None) -> RawRun:
+    def program_run(
+        self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
+    ) -> RawRun:
+        # Live frames are given away: nothing comes back of them.
+        live = bool(flags & BPF_F_TEST_XDP_LIVE_FRAMES)
         data_in = syscall.Buffer(data)
         # Programs without a packet refuse room for one. Too little room is found out only after the program has run.
-        data_out = syscall.Buffer(len(data) + _DATA_GROWTH if data else 0)
-        room = max(len(context), _CONTEXT_ROOM) if context else 0
+        data_out = syscall.Buffer(len(data) + _DATA_GROWTH if data and not live else 0)
+        room = max(len(context), _CONTEXT_ROOM) if context and not live else len(context)
         context_at = syscall.Buffer(context.ljust(room, b"\0"))
-        values: dict[str, int] = {"prog_fd": fd, "repeat": repeat if repeat > 1 else 0}
-        if cpu is not None:
-            values |= {"flags": BPF_F_TEST_RUN_ON_CPU, "cpu": cpu}
+        values: dict[str, int | bytes] = {
+            "prog_fd": fd,
+            "repeat": repeat if repeat > 1 else 0,
+            "flags": flags,
+            "cpu": cpu,
+            "batch_size": batch_size,
+        }
         if data:
             values |= {"data_in": data_in.address, "data_size_in": data_in.size}
-            values |= {"data_out": data_out.address, "data_size_out": data_out.size}
+            if not live:
+                values |= {"data_out": data_out.address, "data_size_out": data_out.size}
         if context:
             values |= {"ctx_in": context_at.address, "ctx_size_in": len(context)}
-        out = {"ctx_out": context_at.address, "ctx_size_out": room} if context else {}
+        out = {"ctx_out": context_at.address, "ctx_size_out": room} if context and not live else {}
         attr = Attr("prog_test_run", **values, **out)
         try:
             attr.issue()
@@ -98,6 +107,8 @@ class ProgramCommands:
             # write theirs in place.
             attr = Attr("prog_test_run", **values)
             attr.issue()
+        if live:
+            return RawRun(attr["retval"], b"", b"", attr["duration"])
         written = attr["ctx_size_out"] or len(context)
         return RawRun(attr["retval"], data_out.read(attr["data_size_out"]), context_at.read(written), attr["duration"])
 

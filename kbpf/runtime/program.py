@@ -117,6 +117,10 @@ class Program(Resource):
         context: Mapping[str, Any] | None = None,
         repeat: int = 1,
         wirelen: int | None = None,
+        *,
+        flags: int = 0,
+        cpu: int = 0,
+        batch_size: int = 0,
     ) -> RunResult:
         """Run it over `data`, as BPF_PROG_TEST_RUN does (Linux 4.12), with the same result on both backends.
 
@@ -124,18 +128,28 @@ class Program(Resource):
         offset 0 is the byte after the header except for traffic control; up to 73,152 for XDP, with metadata before the
         frame where the context's ``data`` says so; up to 4,096 for flow dissectors, which give their keys as data; none
         for socket lookups, which need a context. `context` sets fields of the program type's context by their uapi
-        names (``{"mark": 7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``. Raises
+        names (``{"mark": 7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``.
+
+        `flags` are BPF_F_TEST_*: over socket buffers BPF_F_TEST_SKB_CHECKSUM_COMPLETE (6.11) has the packet summed up
+        as by a network card, and EBADMSG says that the program has changed it without telling;
+        BPF_F_TEST_XDP_LIVE_FRAMES (5.18) carries out what XDP programs decide, on up to `batch_size` frames at once,
+        and gives neither data nor context. `cpu` is for types that take BPF_F_TEST_RUN_ON_CPU. Raises
         `BpfError` (EINVAL for sizes and fields that may not be, ENODEV for an interface that is not there),
         `NotSupportedError` for program types that cannot be run that way, and in the emulator `EmulationFault` for
         what a verifier would have refused.
         """
+        for option, given in (("flags", flags), ("cpu", cpu), ("batch_size", batch_size)):
+            if not 0 <= given < 1 << 32:
+                raise ValueError(f"{option} has 32 bits, {given} does not fit")
         name = _CONTEXTS.get(self.type)
         fields = dict(context or {})
         if wirelen is not None:
             fields["wire_len"] = wirelen
         raw = self._packed_context(fields)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
-            done = self._backend.program_run(self.fileno(), bytes(memoryview(data)), raw, repeat)
+            done = self._backend.program_run(
+                self.fileno(), bytes(memoryview(data)), raw, repeat, flags, cpu, batch_size
+            )
         after = unpack_context(name, done.context) if name and done.context else {}
         return RunResult(done.value, done.data, after, done.duration_ns)
 

@@ -24,6 +24,7 @@ LDX, STX = ebpf.LDX | ebpf.MEM, ebpf.STX | ebpf.MEM
 SIZES = {1: ebpf.B, 2: ebpf.H, 4: ebpf.W, 8: ebpf.DW}
 TYPES = ["tracepoint", "raw_tracepoint", "raw_tracepoint_writable", "perf_event", "kprobe", "syscall"]
 MOST_HELPERS = 212
+ON_CPU = uapi.BPF_F_TEST_RUN_ON_CPU
 ARGUMENTS = b"".join((0x0101010101010101 * n).to_bytes(8, "little") for n in range(1, 13))
 
 
@@ -137,8 +138,8 @@ def test_the_return_value_is_32_bits(kernel: Side, emulator: Side) -> None:
 def test_raw_tracepoints_run_on_a_processor_of_choice(kernel: Side, emulator: Side) -> None:
     program = [I(CALL, imm=8), EXIT]
     for cpu in (0, 1, 2, 99, -1, (1 << 31) - 1):
-        outcome = run(kernel, "raw_tracepoint", *program, cpu=cpu)
-        assert run(emulator, "raw_tracepoint", *program, cpu=cpu) == outcome, cpu
+        outcome = run(kernel, "raw_tracepoint", *program, flags=ON_CPU, cpu=cpu)
+        assert run(emulator, "raw_tracepoint", *program, flags=ON_CPU, cpu=cpu) == outcome, cpu
         assert outcome.refused or outcome.value == cpu
 
 
@@ -153,7 +154,7 @@ def test_what_other_runs_have_is_refused(kernel: Side, emulator: Side) -> None:
                 side.backend.close(fd)
                 errors.append(caught.value.errno)
             assert errors == [errno.EINVAL] * 2
-    assert run(emulator, "syscall", ZERO, EXIT, cpu=0) == run(kernel, "syscall", ZERO, EXIT, cpu=0)
+    assert run(emulator, "syscall", ZERO, EXIT, flags=ON_CPU) == run(kernel, "syscall", ZERO, EXIT, flags=ON_CPU)
 
 
 def test_others_have_no_test_run(kernel: Side, emulator: Side) -> None:
@@ -161,7 +162,11 @@ def test_others_have_no_test_run(kernel: Side, emulator: Side) -> None:
         for context in (b"", bytes(8)):
             outcome = run(kernel, type, ZERO, EXIT, context=context)
             assert run(emulator, type, ZERO, EXIT, context=context) == outcome == Outcome(refused=524)
-        assert run(emulator, type, ZERO, EXIT, cpu=0) == run(kernel, type, ZERO, EXIT, cpu=0) == Outcome(refused=524)
+        assert (
+            run(emulator, type, ZERO, EXIT, flags=ON_CPU)
+            == run(kernel, type, ZERO, EXIT, flags=ON_CPU)
+            == Outcome(refused=524)
+        )
 
 
 def test_syscall_programs_read_and_write_their_context(kernel: Side, emulator: Side) -> None:

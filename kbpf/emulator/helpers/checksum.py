@@ -1,17 +1,15 @@
-"""Helpers over the Internet's checksum (net/core/filter.c, include/net/checksum.h).
-
-Sums are in the machine's byte order, and one's complement: a carry comes back in at the low end.
-"""
+"""Helpers over the Internet's checksum (net/core/filter.c)."""
 
 from __future__ import annotations
 
 import errno
-import struct
 import sys
 
 from kbpf.emulator.helpers.packet import check_context, overwrite
+from kbpf.emulator.internet_checksum import add, fold16, partial, subtract
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32, M64
+from kbpf.emulator.packet import Packet
 from kbpf.errors import ENOTSUPP
 from kbpf.uapi.constants import (
     BPF_CSUM_LEVEL_DEC,
@@ -29,27 +27,6 @@ _L4_FLAGS = BPF_F_MARK_MANGLED_0 | BPF_F_MARK_ENFORCE | BPF_F_PSEUDO_HDR | BPF_F
 _MANGLED = 0xFFFF
 #: SKB_MAX_CSUM_LEVEL.
 _MOST_LEVELS = 3
-
-
-def add(a: int, b: int) -> int:
-    """`csum_add`."""
-    total = a + b
-    return (total & M32) + (total >> 32)
-
-
-def fold16(total: int) -> int:
-    """`csum_from32to16`."""
-    total = (total & 0xFFFF) + (total >> 16)
-    return (total & 0xFFFF) + (total >> 16)
-
-
-def partial(data: bytes, seed: int) -> int:
-    """`csum_partial`: of words, the last one filled up with zeroes."""
-    data = data.ljust(len(data) + 3 & ~3, b"\0")
-    total: int = sum(struct.unpack(f"={len(data) // 4}I", data)) + seed
-    while total >> 32:
-        total = (total & M32) + (total >> 32)
-    return total
 
 
 def csum_diff(run: Run, old: int, old_size: int, new: int, new_size: int, seed: int) -> int:
@@ -119,16 +96,33 @@ def l4_csum_replace(run: Run, skb: int, offset: int, old: int, new: int, flags: 
     absent = flags & BPF_F_MARK_MANGLED_0
     if absent and not flags & BPF_F_MARK_ENFORCE and not any(packet.buffer[at : at + 2]):
         return 0
-    failed = _replace(run, offset, old, new, flags & BPF_F_HDR_FIELD_MASK, narrow=False)
+    width = flags & BPF_F_HDR_FIELD_MASK
+    failed = _replace(run, offset, old, new, width, narrow=False)
+    if not failed and flags & BPF_F_PSEUDO_HDR and packet.csum_complete:
+        _note_pseudo_header(packet, old, new, width, bool(flags & _BPF_F_IPV6))
     if not failed and absent and not any(run.packet.buffer[at : at + 2]):
         overwrite(run, offset, _MANGLED.to_bytes(2, sys.byteorder))
     return failed
 
 
-def csum_update(run: Run, skb: int, *_: int) -> int:
-    """For packets whose network card has summed them up; emulated ones have not."""
+def _note_pseudo_header(packet: Packet, old: int, new: int, width: int, six: bool) -> None:
+    """The checksum has changed for what is not in the packet: its sum changes (`inet_proto_csum_replace*`)."""
+    if not width:
+        if not six:
+            packet.csum = ~subtract(new & M32, packet.csum) & M32
+        return
+    mask = 0xFFFF if width == 2 else M32
+    packet.csum = ~add(subtract(~packet.csum & M32, old & mask), new & mask) & M32
+
+
+def csum_update(run: Run, skb: int, change: int, *_: int) -> int:
+    """For packets that the network card has summed up."""
     check_context(skb)
-    return -ENOTSUPP
+    packet = run.packet
+    if not packet.csum_complete:
+        return -ENOTSUPP
+    packet.csum = add(packet.csum, change & M32)
+    return packet.csum
 
 
 def csum_level(run: Run, skb: int, level: int, *_: int) -> int:
@@ -138,6 +132,8 @@ def csum_level(run: Run, skb: int, level: int, *_: int) -> int:
     if level == BPF_CSUM_LEVEL_QUERY:
         return -errno.EACCES if known is None else known
     if level == BPF_CSUM_LEVEL_INC:
+        if packet.csum_complete:
+            return 0
         packet.csum_level = 0 if known is None else min(known + 1, _MOST_LEVELS)
     elif level == BPF_CSUM_LEVEL_DEC:
         packet.csum_level = known - 1 if known else None

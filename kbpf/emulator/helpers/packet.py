@@ -60,6 +60,10 @@ def skb_store_bytes(run: Run, skb: int, offset: int, start: int, size: int, flag
         return -errno.EINVAL
     if offset > _INT_MAX or offset + size > packet.length:
         return -errno.EFAULT
+    if flags & BPF_F_RECOMPUTE_CSUM:
+        at = packet.offset + offset
+        packet.sum_out(bytes(packet.buffer[at : at + size]), offset)
+        packet.sum_in(data, offset)
     overwrite(run, offset, data)
     if flags & BPF_F_INVALIDATE_HASH:
         packet.hash, packet.hash_known = 0, False

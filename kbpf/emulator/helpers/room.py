@@ -91,6 +91,7 @@ def skb_vlan_push(run: Run, skb: int, protocol: int, tci: int, *_: int) -> int:
     if packet.vlan_tci is not None:
         tag = packet.vlan_proto.to_bytes(2, "big") + packet.vlan_tci.to_bytes(2, "big")
         buffer = _insert(packet, _ADDRESSES, _TAG)
+        packet.sum_in(tag)
         buffer[packet.offset + _ADDRESSES : packet.offset + _ADDRESSES + _TAG] = tag
         packet.mac = packet.offset
         packet.network = None if packet.network is None else packet.network - _TAG
@@ -131,6 +132,7 @@ def _take_tag(packet: Packet) -> int | None:
     if following < _ETH_P_802_3_MIN:
         following = ETH_P_802_3 if frame[HEADER + _TAG : HEADER + _TAG + 2] == b"\xff\xff" else ETH_P_802_2
     packet.protocol = following
+    packet.sum_out(frame[_ADDRESSES : _ADDRESSES + _TAG])
     _remove(packet, _ADDRESSES, _TAG)
     packet.mac = None if packet.mac is None else packet.mac + _TAG
     if packet.network is not None and packet.network - packet.offset < HEADER:
@@ -204,6 +206,7 @@ def _grow(packet: Packet, at: int, size: int) -> int:
     else:
         if at - size > packet.length:
             return -errno.ENOMEM
+        packet.sum_out(packet.data[at : at - size])
         _remove(packet, at, -size)
     _moved(packet, -size)
     return 0

@@ -63,7 +63,10 @@ def skb_ecn_set_ce(run: Run, skb: int, *_: int) -> int:
     if protocol == ETH_P_IPV6 and len(data) >= 40:
         if not data[1] >> 4 & _CONGESTION:
             return 0
-        overwrite(run, at + 1, bytes([data[1] | _CONGESTION << 4]))
+        marked = bytes([data[1] | _CONGESTION << 4])
+        packet.sum_out(data[:4])
+        packet.sum_in(data[:1] + marked + data[2:4])
+        overwrite(run, at + 1, marked)
         return 1
     return 0
 
