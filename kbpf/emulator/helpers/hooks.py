@@ -10,7 +10,8 @@ import errno
 from kbpf.emulator.cgroup_sock import SockContext
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
-from kbpf.emulator.helpers.sock import sk_storage_get, sock_at
+from kbpf.emulator.helpers.references import sock_at
+from kbpf.emulator.helpers.sock import sk_storage_get
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.perf import PerfEventArray
 from kbpf.emulator.memory import M32, M64
