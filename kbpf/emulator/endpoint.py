@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from kbpf.emulator import process_sock
 from kbpf.emulator.clock import run_due, timeline
 from kbpf.emulator.datapath import backlog
 from kbpf.emulator.environment import environment
 from kbpf.emulator.slot import Slot, error
+from kbpf.emulator.sock import Sock
 from kbpf.uapi.constants import (
     SO_ACCEPTCONN,
     SO_DETACH_FILTER,
@@ -102,6 +104,8 @@ class Message:
 class Endpoint:
     """An emulated socket. Subclasses say what makes it readable, and how it receives and sends."""
 
+    #: What programs see of it; subclasses make it.
+    sock: Sock
     OPTIONS: ClassVar[Mapping[tuple[int, int], Option]] = {
         (SOL_SOCKET, SO_TYPE): Option(lambda end: end.type),
         (SOL_SOCKET, SO_DOMAIN): Option(lambda end: end.family),
@@ -252,13 +256,14 @@ class Endpoint:
     def fileno(self) -> int:
         """A descriptor for select and its kin: readable while there is something to read.
 
-        It is good for nothing else; -1 once the socket is closed.
+        Beyond that it is good for maps of sockets and of their values; -1 once the socket is closed.
         """
         with self._arrived:
             if self.closed:
                 return -1
             if self._wake is None:
                 self._wake = _socket.socketpair()
+                process_sock.keep(self._wake[0].fileno(), self.sock)
                 self._signal()
             return self._wake[0].fileno()
 
@@ -277,7 +282,7 @@ class Endpoint:
         with self._arrived:
             if self.closed:
                 return
-            self.closed = True
+            self.closed = self.sock.closed = True
             self._closed()
             if self._wake is not None:
                 for end in self._wake:

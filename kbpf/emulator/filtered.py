@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from kbpf.backend import SocketLike
+from kbpf.emulator.process_sock import sock_of
 from kbpf.emulator.reconstruct import WANTED, Kind, packet_of
 from kbpf.emulator.slot import Slot, error
 from kbpf.uapi.constants import SO_DOMAIN, SO_PROTOCOL, SO_TYPE
@@ -186,7 +187,11 @@ class FilteredSocket:
         if self.slot.program is None:
             return len(data)
         local = None if self.kind.family in (sockets.AF_UNIX, _AF_NETLINK) else self._reader.getsockname()
-        kept = self.slot.run(packet_of(self.kind, data, ancillary, address, local))
+        packet = packet_of(self.kind, data, ancillary, address, local)
+        if self.slot.classic is None and self.kind.family != _AF_PACKET:
+            # Linux has the receiver there while its filter runs; for packet sockets it leaves the sender, if anybody.
+            packet.socket = sock_of(self._reader.fileno())
+        kept = self.slot.run(packet)
         if not kept:
             return None
         # UDP never loses its header.

@@ -24,6 +24,7 @@ from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.network import Network, current
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.slot import error
+from kbpf.emulator.sock import Sock
 from kbpf.uapi.constants import PACKET_AUXDATA, PACKET_STATISTICS, SO_PROTOCOL, SOL_PACKET, SOL_SOCKET
 
 Address: TypeAlias = "tuple[str, int, int, int, bytes]"
@@ -79,6 +80,7 @@ class EmulatedPacketSocket(DatagramEndpoint):
         self.network = network or current()
         self.interface: EmulatedInterface | None = self.network.bindable(interface)
         self.protocol = protocol
+        self.sock = Sock(family=AF_PACKET, type=int(type))
         self.serial = next(_serials)
         self._auxdata = self._timestamps = False
         self._packets = 0

@@ -120,10 +120,12 @@ def _look(sock: Sock, opened: socket.socket) -> None:
 
 
 def _peer(opened: socket.socket) -> tuple[str, int] | None:
+    """Whom the socket is connected to. A netlink socket that has not been connected says: the kernel."""
     try:
-        return opened.getpeername()  # type: ignore[no-any-return]
+        peer: tuple[str, int] = opened.getpeername()
     except OSError:
         return None
+    return None if opened.family == socket.AF_NETLINK and not any(peer) else peer
 
 
 def _packed(family: int, address: str, port: int) -> tuple[bytes, int]:

@@ -12,13 +12,14 @@ from random import Random
 from typing import Any
 
 import pytest
-from mapcode import Code, attempt, call, copy, made, mov, put, stack, the_map
+from mapcode import Code, attempt, call, copy, described_value, made, mov, put, stack, the_map
 from sides import Side
 from socks import WORDS, element, here, keep_result, looker
 
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.uapi import constants as uapi
 from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
@@ -362,3 +363,23 @@ def test_lookup_programs_assign_sockets(
     if flags == (0,) and not null_last:
         assert any(shown[0] == 1 and any(shown[1][:8]) for _, _, shown, _ in results[0])
         assert any(shown[0] == "ENOTSUP" for _, _, shown, _ in results[0])
+
+
+def test_an_emulated_socket_is_what_its_descriptor_stands_for(kernel: Side, emulator: Side) -> None:
+    storage = MapSpec(
+        type="sk_storage", key_size=4, value_size=8, flags=uapi.BPF_F_NO_PREALLOC, **described_value("u64")
+    )
+    results = []
+    for side in (kernel, emulator):
+        backend = side.backend
+        with (
+            made(side, MapSpec(type="sockmap", key_size=4, value_size=8, max_entries=1), storage) as (fd, values),
+            backend.packet_socket(None) as one,
+        ):
+            value = struct.pack("=q", one.fileno())
+            given = [attempt(partial(backend.map_update, fd, key(0), value))]
+            backend.map_update(values, value[:4], b"12345678")
+            given += [backend.map_lookup(values, value[:4], 8)]
+            given += [attempt(partial(backend.map_delete, values, value[:4])) for _ in range(2)]
+            results.append(given)
+    assert results[1] == results[0]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
-from mapcode import EXIT, Code, call, copy, mov, the_map
+from mapcode import EXIT, Code, call, copy, made, mov, the_map
 from sides import FRAME, Side
-from socks import COMMON, WORDS, element, here, keep_result, looker
+from socks import COMMON, MAPS, OUT, WORDS, element, here, keep_result, looker
 
+from kbpf.emulator.sockets import wrap
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.specs import ProgramSpec
 from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
@@ -119,3 +124,52 @@ def test_a_socket_that_was_not_looked_up_is_not_released(emulator: Side) -> None
     program = with_socket([*copy(1, 8), *call("sk_release")])
     with looker(emulator, program, here) as look, pytest.raises(EmulationFault, match="not held"):
         look(b"")
+
+
+def receivers() -> Iterator[tuple[str, socket.socket, Callable[[], object]]]:
+    """Sockets that a filter can be put on, and how something comes to them."""
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET6, "::")):
+        with socket.socket(family, socket.SOCK_DGRAM) as one, socket.socket(family, socket.SOCK_DGRAM) as other:
+            one.bind((address, 0))
+            to = "::1" if address == "::" else address
+            yield f"udp {address}", one, partial(other.sendto, b"data", (to, one.getsockname()[1]))
+            one.connect((to, other.getsockname()[1]))
+            yield f"connected udp {address}", one, partial(other.sendto, b"data", one.getsockname())
+    echo = bytes((8, 0, 0xF7, 0xFE, 0, 1, 0, 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as one:
+        yield "raw", one, partial(one.sendto, echo, ("127.0.0.1", 0))
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        one, other = socket.socketpair(socket.AF_UNIX, kind)
+        with one, other:
+            yield f"unix {kind}", one, partial(other.send, b"data")
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as one:
+        one.bind((0, 0))
+        yield "netlink", one, partial(one.send, struct.pack("=IHHIIB3x", 20, 18, 0x301, 1, 0, 0))
+
+
+def test_a_filter_sees_the_socket_that_receives(kernel: Side, emulator: Side) -> None:
+    uid = [*copy(1, 9), *call("get_socket_uid"), *keep_result(80)]
+    cookie = [*copy(1, 9), *call("get_socket_cookie"), *keep_result(88)]
+    program = with_socket([*COMMON, *uid, *cookie])
+    for name, one, send in receivers():
+        one.settimeout(5)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 3)
+        results = []
+        for side in (kernel, emulator):
+            with made(side, *MAPS) as fds:
+                spec = ProgramSpec(type="socket_filter", instructions=tuple(with_value(program)), license="GPL")
+                fd = side.backend.program_load(spec, fds)
+                end = one if side is kernel else wrap(one)
+                side.backend.socket_attach_bpf(end, fd)
+                send()
+                end.recv(2048)
+                results.append(memoryview(side.backend.map_lookup(fds[1], bytes(4), OUT)).cast("I").tolist())
+                side.backend.socket_detach(end)
+                side.backend.close(fd)
+        assert results[1] == results[0], name
+        assert any(results[0][22:24]), name
+
+
+def with_value(program: Code) -> Code:
+    """The program, which is to keep all of a packet."""
+    return [Instruction(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0xFFFF) if i == mov(0, 1)[0] else i for i in program]
