@@ -90,7 +90,7 @@ GOOD: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("sk_storage", "inode_storage", "task_storage", "cgrp_storage"), STORAGE),
     "stack_trace": HASHED,
     "cgroup_array": DESCRIPTORS,
-    **dict.fromkeys(("cgroup_storage", "percpu_cgroup_storage"), {"key_size": 8, "value_size": 8}),
+    **{key: {"key_size": 8, "value_size": 8} for key in ("cgroup_storage", "percpu_cgroup_storage")},
 }
 
 
