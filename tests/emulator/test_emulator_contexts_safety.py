@@ -111,7 +111,7 @@ def test_wild_calls(program_type: str) -> None:
             if program_type in events.TYPES:
                 events.run_event(program, packet=Packet(buffer=FRAME[34:]))
             else:
-                test_runs.run(program, b"" if program_type in WITHOUT_PACKET else FRAME, context, 1)
+                test_runs.run(program, b"" if program_type in WITHOUT_PACKET else FRAME, context)
             ran += 1
         except EmulationFault:
             ran += 1

@@ -87,6 +87,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "devmap_hash": DESCRIPTORS,
     "cpumap": DESCRIPTORS,
     "xskmap": DESCRIPTORS,
+    **dict.fromkeys(("sockmap", "sockhash", "reuseport_sockarray"), HASHED),
     **dict.fromkeys(("sk_storage", "inode_storage", "task_storage", "cgrp_storage"), STORAGE),
     "stack_trace": HASHED,
     "cgroup_array": DESCRIPTORS,
