@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kbpf import bcc, emulator
     from kbpf.runtime.attach import attach, packet_socket
     from kbpf.runtime.backends import use_backend
+    from kbpf.runtime.captures import run_capture
     from kbpf.runtime.collection import Collection, load
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.link import Link
@@ -52,6 +53,7 @@ _HOMES = {
     "load": "runtime.collection",
     "load_program": "runtime.program",
     "packet_socket": "runtime.attach",
+    "run_capture": "runtime.captures",
     "use_backend": "runtime.backends",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "load",
     "load_program",
     "packet_socket",
+    "run_capture",
     "use_backend",
 ]
 

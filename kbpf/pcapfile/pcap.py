@@ -42,8 +42,23 @@ def byte_order(magic: bytes) -> str | None:
     return None
 
 
+class Header(NamedTuple):
+    """What a file's header says of its records: their byte order and headers, and where they were captured."""
+
+    order: str
+    record: struct.Struct
+    interface: Interface
+
+
 def read_pcap(stream: Stream, magic: bytes, interfaces: list[Interface]) -> Iterator[Record]:
     """The records of a pcap file whose first four bytes, `magic`, were read. Its interface is appended at once."""
+    header = read_header(stream, magic)
+    interfaces.append(header.interface)
+    return _records(stream, header)
+
+
+def read_header(stream: Stream, magic: bytes) -> Header:
+    """The header of a pcap file whose first four bytes were read."""
     order = byte_order(magic) or "<"
     header = magic + stream.read(HEADER_SIZE - len(magic), "the pcap header")
     number, major, _minor, _zone, _accuracy, snaplen, linktype = struct.unpack(order + "IHHiIII", header)
@@ -51,21 +66,25 @@ def read_pcap(stream: Stream, magic: bytes, interfaces: list[Interface]) -> Iter
         raise CaptureError(f"pcap version {major} is unknown, version 2 is expected", 4)
     variant = VARIANTS[number]
     interface = Interface(dlt_of_linktype(linktype & _LINKTYPE_MASK), snaplen, ticks=variant.ticks)
-    interfaces.append(interface)
-    return _records(stream, struct.Struct(f"{order}IIII{variant.extra}x"), interface)
+    return Header(order, struct.Struct(f"{order}IIII{variant.extra}x"), interface)
 
 
-def _records(stream: Stream, header: struct.Struct, interface: Interface) -> Iterator[Record]:
-    nanoseconds_per_tick = 1_000_000_000 // interface.ticks
-    while True:
-        start = stream.offset
-        raw = stream.read_up_to(header.size)
-        if not raw:
-            return
-        if len(raw) < header.size:
-            raise CaptureError("the file ends within a record's header", stream.offset)
-        seconds, fraction, kept, wirelen = header.unpack(raw)
-        if kept > MAX_RECORD:
-            raise CaptureError(f"a record says that it has {kept} bytes", start)
-        data = stream.read(kept, "a packet")
-        yield Record(seconds * 1_000_000_000 + fraction * nanoseconds_per_tick, data, wirelen, interface.dlt)
+def _records(stream: Stream, header: Header) -> Iterator[Record]:
+    while (record := read_record(stream, header)) is not None:
+        yield record
+
+
+def read_record(stream: Stream, header: Header) -> Record | None:
+    """The next record; None at the end of the file."""
+    start, interface = stream.offset, header.interface
+    raw = stream.read_up_to(header.record.size)
+    if not raw:
+        return None
+    if len(raw) < header.record.size:
+        raise CaptureError("the file ends within a record's header", stream.offset)
+    seconds, fraction, kept, wirelen = header.record.unpack(raw)
+    if kept > MAX_RECORD:
+        raise CaptureError(f"a record says that it has {kept} bytes", start)
+    data = stream.read(kept, "a packet")
+    stamp = seconds * 1_000_000_000 + fraction * (1_000_000_000 // interface.ticks)
+    return Record(stamp, data, wirelen, interface.dlt)

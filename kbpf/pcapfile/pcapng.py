@@ -24,24 +24,46 @@ _END, _NAME, _RESOLUTION, _TIME_OFFSET = 0, 2, 9, 14
 
 def read_pcapng(stream: Stream, interfaces: list[Interface]) -> Iterator[Record]:
     """The records of a pcapng file whose magic number was read. Appends to `interfaces` as it meets them."""
-    order = _section(stream, stream.read(4, "the section header"))
-    return _records(stream, order, interfaces)
+    return Blocks(stream, interfaces).records()
 
 
-def _records(stream: Stream, order: str, interfaces: list[Interface]) -> Iterator[Record]:
-    first = len(interfaces)
-    while True:
+class Blocks:
+    """Reads a file whose magic number was read, block by block.
+
+    `order` is the byte order of the section, `first` where its interfaces begin in `interfaces`, to which those that
+    are met are appended. `stream` may be replaced by another one that goes on where it was.
+    """
+
+    def __init__(self, stream: Stream, interfaces: list[Interface]) -> None:
+        self.stream = stream
+        self.interfaces = interfaces
+        self.first = len(interfaces)
+        self.order = _section(stream, stream.read(4, "the section header"))
+
+    def records(self) -> Iterator[Record]:
+        """All that are left."""
+        while True:
+            start = self.stream.offset
+            record = self.read()
+            if record is not None:
+                yield record
+            elif self.stream.offset == start:
+                return
+
+    def read(self) -> Record | None:
+        """The record in the next block; None if it is of another kind, or if the file is at its end."""
+        stream, order = self.stream, self.order
         start = stream.offset
         head = stream.read_up_to(8)
         if not head:
-            return
+            return None
         if len(head) < 8:
             raise CaptureError("the file ends within a block's header", stream.offset)
         kind, total = struct.unpack(order + "II", head)
         if kind == _SECTION:
-            order = _section(stream, head[4:])
-            first = len(interfaces)
-            continue
+            self.order = _section(stream, head[4:])
+            self.first = len(self.interfaces)
+            return None
         if total < 12 or total % 4:
             raise CaptureError(f"a block says that it has {total} bytes", start)
         if kind not in _READ:
@@ -54,9 +76,10 @@ def _records(stream: Stream, order: str, interfaces: list[Interface]) -> Iterato
         if again != total:
             raise CaptureError(f"a block's length is {total} at its start and {again} at its end", stream.offset - 4)
         if kind == _INTERFACE:
-            interfaces.append(_interface(body, order, start))
+            self.interfaces.append(_interface(body, order, start))
         elif kind in _READ:
-            yield _packet(kind, body, order, interfaces, first, start)
+            return _packet(kind, body, order, self.interfaces, self.first, start)
+        return None
 
 
 def _section(stream: Stream, length: bytes) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kbpf.errors import KbpfError
 
 
 class CaptureError(KbpfError, ValueError):
-    """A capture file is not one, is cut off or is corrupt; `offset` is the byte where that was seen."""
+    """A capture file is not one, is cut off or is corrupt; `offset` is the byte where that was seen.
+
+    `result` is what came out of the file before, where `kbpf.run_capture` raised it.
+    """
 
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message, offset)
         self.message = message
         self.offset = offset
+        self.result: Any = None
 
     def __str__(self) -> str:
         return f"{self.message} (at byte {self.offset})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import Protocol
 
 from kbpf.pcapfile.records import CaptureError
 
@@ -11,10 +11,16 @@ MAX_RECORD = 128 * 1024 * 1024
 _CHUNK = 1024 * 1024
 
 
+class Readable(Protocol):
+    """What can be read from."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+
+
 class Stream:
     """A binary stream and how far it has been read. Pipes and sockets, which return short reads, work too."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Readable) -> None:
         self._file = file
         self.offset = 0
 

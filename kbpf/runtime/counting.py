@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from kbpf.errors import FilterError
 from kbpf.filter.ebpf.counting import counting_program
 from kbpf.pcapfile import Record
 from kbpf.runtime.attach import attach, backend_of
+from kbpf.runtime.captures import link_name
 from kbpf.runtime.filter import Filter, compile
 from kbpf.runtime.program import load_program
-from kbpf.specs import FILE_LAYOUTS
 
 
 class Count(NamedTuple):
@@ -81,7 +80,7 @@ class CaptureCounter:
         """Count one packet. Raises `FilterError` for an expression or a link type that cannot be filtered."""
         # A pcapng file may hold interfaces of several link types.
         if record.dlt not in self._filters:
-            link = _link_name(record.dlt)
+            link = link_name(record.dlt)
             self._filters[record.dlt] = {name: compile(text, link=link) for name, text in self._expressions.items()}
         for name, filter in self._filters[record.dlt].items():
             if filter.run(record.data, record.wirelen):
@@ -91,10 +90,3 @@ class CaptureCounter:
     def counts(self) -> dict[str, Count]:
         """What each expression has matched so far."""
         return dict(self._counts)
-
-
-def _link_name(dlt: int) -> str:
-    for layout in FILE_LAYOUTS.values():
-        if layout.dlt == dlt:
-            return layout.name
-    raise FilterError(f"packets of link type {dlt} cannot be filtered; there are {', '.join(FILE_LAYOUTS)}")

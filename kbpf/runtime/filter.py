@@ -163,6 +163,13 @@ class Filter:
             packets, wirelens = _listed(packets, wirelens)
         return list(compress(packets, self.match_all(packets, wirelens, engine=engine)))
 
+    def native(self, engine: Engine, work: int) -> NativeBatch | None:
+        """The filter in native code, where it is there and asked for, or earned by `work` instructions that are to run.
+
+        For what runs a filter over packets that it finds by itself (`kbpf.runtime.scanning`).
+        """
+        return self._native or self._compiled(engine, work) or None
+
     def _compiled(self, engine: Engine, work: int = 0) -> NativeBatch | Literal[False] | None:
         """The filter in native code, if it is asked for or has earned it; False where there is none."""
         program = self._emulated or self._prepare()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kbpf.backend import Backend, TraceStep
+from kbpf.backend import Backend, Engine, TraceStep
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
@@ -196,17 +196,18 @@ def load_program(
     spec: ProgramSpec,
     maps: Sequence[Map] | Mapping[str, Map] | None = None,
     backend: str | None = None,
-    engine: str = "auto",
+    engine: Engine = "auto",
 ) -> Program:
     """Load a program (BPF_PROG_LOAD), making the maps of its spec, or with existing `maps` in their place.
 
     `maps` are given in the order of ``spec.maps``, or by name. `engine` chooses what runs an emulated program:
-    ``"auto"`` or ``"interpreter"``. Raises `VerifierError` with the log when it is refused, `PermissionDeniedError`
-    (CAP_BPF, and CAP_NET_ADMIN or CAP_PERFMON for types beyond socket filters), `ValueError` for maps that do not
-    fit. Nothing stays open after an error.
+    ``"interpreter"``, ``"jit"`` (native code, with the `jit` extra), or ``"auto"``, which moves to native code when the
+    program has run enough to earn it; results are the same. Raises `VerifierError` with the log when it is refused,
+    `PermissionDeniedError` (CAP_BPF, and CAP_NET_ADMIN or CAP_PERFMON for types beyond socket filters), `ValueError`
+    for maps that do not fit. Nothing stays open after an error.
     """
-    if engine not in ("auto", "interpreter"):
-        raise ValueError(f"engine: {engine!r} is none of auto, interpreter")
+    if engine not in ("auto", "interpreter", "jit"):
+        raise ValueError(f"engine: {engine!r} is none of auto, interpreter, jit")
     chosen = select(backend, program_type=spec.type)
     made: list[Map] = []
     try:
@@ -216,7 +217,7 @@ def load_program(
                 raise ValueError(f"{map.label} is the {map.backend}'s, the program would be the {chosen.name}'s")
         named = f'program "{spec.name}" ({spec.type})' if spec.name else f"program ({spec.type})"
         with doing(chosen, f"load {named}", operation="prog_load", program_type=spec.type):
-            fd = chosen.program_load(spec, [map.fileno() for map in used])
+            fd = chosen.program_load(spec, [map.fileno() for map in used], engine=engine)
     except BaseException:
         for map in made:
             map.close()

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from kbpf.emulator.interpreter import Code, Subject
 from kbpf.emulator.jit import emit
+from kbpf.emulator.jit.buffers import host_address, read_address
 from kbpf.emulator.jit.callbacks import CALLBACKS
 from kbpf.emulator.jit.engine import Compiled
 from kbpf.emulator.jit.layout import WORD, WORDS
 from kbpf.emulator.jit.program import NativeProgram, source_of
-from kbpf.emulator.jit.session import Session, host_address, read_address
+from kbpf.emulator.jit.session import Session
 
 #: What lies before offset 0 of what a filter sees of a packet: nothing, or the IP header.
 Start = Literal["packet", "transport"]
@@ -202,7 +203,8 @@ _OVER_SPANS_TYPE = ctypes.CFUNCTYPE(*_COMMON, ctypes.c_void_p, ctypes.c_uint64, 
 class NativeBatch:
     """A classic filter's loops in native code.
 
-    `network` and `mac` are where in a packet its network and link header start, -1 where it is not known.
+    `address` is that of ``each``. `network` and `mac` are where in a packet its network and link header start, -1 where
+    it is not known.
     """
 
     def __init__(self, code: Code, subject: Subject, start: Start, network: int, mac: int) -> None:
@@ -211,7 +213,8 @@ class NativeBatch:
         source = source_of(code.linked)
         text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks) + _over_list() + _OVER_SPANS
         self._program = NativeProgram(code, source, Compiled(text))
-        self._each = _EACH_TYPE(self._program.compiled.address("each"))
+        self.address = self._program.compiled.address("each")
+        self._each = _EACH_TYPE(self.address)
         self._asks = source.asks
         #: Sessions for single packets.
         self._ready: list[Session] = []

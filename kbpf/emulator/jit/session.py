@@ -7,12 +7,12 @@ the program's context or stack is reached through it. Programs that never ask ne
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, Code, Context, Run, Subject
+from kbpf.emulator.jit.buffers import host_address
 from kbpf.emulator.jit.layout import DECIDED, RAISED, RUNNING, TABLE_SIZE, Entry, Native
 from kbpf.emulator.memory import M32, PACKET, REGIONS, STACK, Buffer, Region
 from kbpf.emulator.packet import Packet
@@ -25,46 +25,6 @@ if TYPE_CHECKING:
 
 #: The native program for code, if there may be one.
 NativeOf: TypeAlias = "Callable[[Code], NativeProgram | None]"
-
-
-def host_address(buffer: Buffer) -> tuple[int, object]:
-    """Where a buffer's bytes are, and what keeps them there; 0 and None for a view that may only be read."""
-    if isinstance(buffer, bytes):
-        return ctypes.cast(ctypes.c_char_p(buffer), ctypes.c_void_p).value or 0, buffer
-    try:
-        held = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-    except (TypeError, ValueError):
-        return 0, None
-    return ctypes.addressof(held), held
-
-
-class _PyBuffer(ctypes.Structure):
-    """``Py_buffer`` of CPython's C API, which is documented."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-@contextmanager
-def read_address(buffer: Any) -> Iterator[int]:
-    """Where the bytes of any contiguous buffer are, to be read meanwhile. Raises `BufferError` or `TypeError`."""
-    view = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(view), 0)
-    try:
-        yield view.buf or 0
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
 
 
 class NativeRun(Run):

@@ -1,0 +1,128 @@
+"""The bytes of a capture file in pieces, for readers that look at memory: mapped, or read where that cannot be.
+
+Gzip and zstd are recognised by their first bytes; zstd needs the `zstd` extra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import mmap
+import os
+import stat
+import sys
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from kbpf.errors import MissingDependencyError
+from kbpf.pcapfile.records import CaptureError
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_MADV_POPULATE_READ = 22
+#: Bytes that are read at a time.
+PIECE = 1 << 22
+
+
+class Windows:
+    """A context manager over a file, by path (``"-"`` is standard input) or as an open binary file, left open.
+
+    `buffer` is what is at hand, `base` the offset of its first byte, after decompression; `final` says that nothing
+    follows it. `more` brings the next piece. `size` is the file's, 0 where it is not known.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | BinaryIO) -> None:
+        self.base, self.final = 0, False
+        self.buffer: Any = b""
+        self._mapped: mmap.mmap | None = None
+        self._owned = False
+        if isinstance(source, (str, os.PathLike)):
+            self._owned = os.fspath(source) != "-"
+            opened = Path(source).open("rb") if self._owned else sys.stdin.buffer  # noqa: SIM115
+            file: Any = opened
+        else:
+            file = source if hasattr(source, "peek") else io.BufferedReader(source)
+        self._file = file
+        try:
+            self.size = _size(file)
+            magic = file.peek(4)[:4]
+            self.compressed = magic[:2] == _GZIP or magic == _ZSTD
+            self._reader = _decompressed(file, magic) if self.compressed else file
+            if self.size and not self.compressed and self._owned:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.buffer, self.final = self._mapped, True
+            else:
+                self.more(0)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def consumed(self) -> int:
+        """How far into the file itself, compressed as it may be, has been read."""
+        if self.final and not self.compressed:
+            return self.base + len(self.buffer)
+        try:
+            return int(self._file.tell())
+        except (OSError, ValueError):
+            return self.base + len(self.buffer)
+
+    def populate(self, position: int, size: int) -> None:
+        """Have the pages of a mapped file ready, all at once rather than one by one when they are touched."""
+        if self._mapped is not None:
+            start = position - position % mmap.PAGESIZE
+            with contextlib.suppress(OSError):
+                # Linux 5.14.
+                self._mapped.madvise(_MADV_POPULATE_READ, start, min(size + mmap.PAGESIZE, self.size - start))
+
+    def more(self, position: int) -> None:
+        """Drop what lies before `position` of the buffer, and read on; raises `CaptureError` for bad compression."""
+        rest = bytes(self.buffer[position:])
+        try:
+            # What is left over is small, but where a record is larger than a piece.
+            read = self._reader.read(max(PIECE, len(rest)))
+        except (EOFError, OSError, zlib.error, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise CaptureError(f"the compressed file is damaged: {error}", self.base + len(self.buffer)) from None
+        self.base += position
+        self.buffer = rest + (read or b"")
+        self.final = not read
+
+    def close(self) -> None:
+        if self._mapped is not None:
+            self.buffer = b""
+            self._mapped.close()
+        if self._owned:
+            self._file.close()
+
+    def __enter__(self) -> Windows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _size(file: Any) -> int:
+    try:
+        status = os.fstat(file.fileno())
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _decompressed(file: BinaryIO, magic: bytes) -> Any:
+    if magic[:2] == _GZIP:
+        import gzip
+
+        return gzip.GzipFile(fileobj=file)
+    try:
+        import zstandard
+    except ImportError:
+        raise MissingDependencyError(
+            "zstandard, which reads zstd files, is not installed: pip install 'kbpf[zstd]'"
+        ) from None
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)

@@ -1,0 +1,374 @@
+"""One capture file after the other through filters: the loop around native code, and the file that matches go to."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from kbpf.emulator.jit.buffers import read_address
+from kbpf.emulator.jit.scan import FAULTED, FULL, INCOMPLETE, PYTHONS, REACHED, Scan, Way, gather, loop
+from kbpf.errors import FilterError
+from kbpf.pcapfile import pcap, pcapng
+from kbpf.pcapfile.records import CaptureError, Interface, Record
+from kbpf.pcapfile.stream import MAX_RECORD, Stream
+from kbpf.pcapfile.windows import Windows
+
+if TYPE_CHECKING:
+    from kbpf.backend import Engine
+    from kbpf.emulator.jit.batch import NativeBatch
+    from kbpf.runtime.filter import Filter
+
+#: Bytes that native code goes through before Python looks again: it tells the progress, and takes signals.
+_SLICE = 1 << 20
+#: Spans that are noted before they are written.
+_SPANS = 1 << 15
+_COPIED = 1 << 20
+#: What a packet takes on the average, about, and the work where a file's size is not known.
+_MEAN_PACKET, _ENDLESS = 200, 1 << 40
+
+
+class _View:
+    """A file over a part of a buffer."""
+
+    def __init__(self, buffer: Any, position: int) -> None:
+        self._buffer, self._position = buffer, position
+
+    def read(self, size: int) -> bytes:
+        data = bytes(self._buffer[self._position : self._position + size])
+        self._position += len(data)
+        return data
+
+
+class _Pcap:
+    """A pcap file as far as its header."""
+
+    name = "pcap"
+
+    def __init__(self, stream: Stream, magic: bytes) -> None:
+        self._header = header = pcap.read_header(stream, magic)
+        self.interfaces = [header.interface]
+        self.first = 0
+        self.order, self.record_header = header.order, header.record.size
+        #: Where the records begin, and what files must have in common to be written into one.
+        self.start = stream.offset
+        self.kind = ("pcap", header.order, header.record.size, header.interface.dlt, header.interface.ticks)
+
+    def read(self, stream: Stream) -> Record | None:
+        return pcap.read_record(stream, self._header)
+
+
+class _Pcapng:
+    """A pcapng file as far as its first section header. All of it is copied but packets that do not match."""
+
+    name = "pcapng"
+    record_header = 0
+    start = 0
+    kind = ("pcapng",)
+
+    def __init__(self, stream: Stream) -> None:
+        self.interfaces: list[Interface] = []
+        self._blocks = pcapng.Blocks(stream, self.interfaces)
+
+    @property
+    def first(self) -> int:
+        return self._blocks.first
+
+    @property
+    def order(self) -> str:
+        return self._blocks.order
+
+    def read(self, stream: Stream) -> Record | None:
+        self._blocks.stream = stream
+        return self._blocks.read()
+
+
+class _Runner(NamedTuple):
+    """A filter, and its native code with a session where there is one."""
+
+    filter: Filter
+    native: NativeBatch | None
+    session: Any
+
+
+class Scanner:
+    """Counts packets and matches over files; a context manager, in which files may be gone through.
+
+    `filter_of` gives the filter for a link type. `progress` is told how many bytes have been gone through.
+    """
+
+    def __init__(
+        self,
+        filter_of: Callable[[int], Filter],
+        engine: Engine = "auto",
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        self.packets = self.matched = 0
+        self._filter_of, self._engine, self._progress = filter_of, engine, progress
+        self._runners: dict[int, _Runner] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Scanner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runners.clear()
+        self._stack.close()
+
+    def file(self, source: str | os.PathLike[str] | BinaryIO, output: Output) -> None:
+        """Go through one file; raises `CaptureError` behind what can be read, `EmulationFault`, `FilterError`."""
+        with Windows(source) as windows:
+            view = _View(windows.buffer, 0)
+            stream = Stream(view)
+            magic = stream.read_up_to(4)
+            format: _Pcap | _Pcapng
+            if magic == pcapng.MAGIC:
+                format = _Pcapng(stream)
+            elif len(magic) == 4 and pcap.byte_order(magic):
+                format = _Pcap(stream, magic)
+            else:
+                raise CaptureError(f"this is no pcap or pcapng file: it begins with {magic.hex() or 'nothing'}", 0)
+            output.begin(format.kind, bytes(windows.buffer[: format.start]))
+            walk = _Walk(self, windows, format, output, format.start or stream.offset)
+            if not format.start:
+                output.span(windows.buffer, 0, stream.offset)
+            try:
+                walk.run()
+            finally:
+                walk.write()
+
+    def runner(self, dlt: int, size: int) -> _Runner:
+        """What is run over packets of a link type, of which there may be `size` bytes (0: nobody knows)."""
+        if dlt not in self._runners:
+            filter = self._filter_of(dlt)
+            work = len(filter) * size // _MEAN_PACKET if size else _ENDLESS
+            native = None if self._engine == "interpreter" else filter.native(self._engine, work)
+            session = None if native is None else self._stack.enter_context(native.session())
+            self._runners[dlt] = _Runner(filter, native, session)
+        return self._runners[dlt]
+
+    def advance(self, octets: int) -> None:
+        if self._progress is not None and octets:
+            self._progress(octets)
+
+
+class _Walk:
+    """The way through one file."""
+
+    def __init__(
+        self, scanner: Scanner, windows: Windows, format: _Pcap | _Pcapng, output: Output, position: int
+    ) -> None:
+        self._scanner, self._windows, self._format, self._output = scanner, windows, format, output
+        self._position = position
+        self._told = 0
+        self._spans = (ctypes.c_uint64 * (2 * _SPANS))() if output.wanted else None
+        self._count = 0
+        self._ways: Any = None
+
+    def run(self) -> None:
+        windows = self._windows
+        while True:
+            why = self._native() if self._known() else PYTHONS
+            if why in (FULL, REACHED):
+                self.write()
+                self._tell()
+            elif why == FAULTED:
+                self._raise()
+            elif why == INCOMPLETE and not windows.final:
+                self._refill()
+            elif not self._step():
+                self._tell()
+                return
+
+    def _tell(self) -> None:
+        consumed = self._windows.base + self._position if self._windows.final else self._windows.consumed
+        self._scanner.advance(consumed - self._told)
+        self._told = max(consumed, self._told)
+
+    def _refill(self) -> None:
+        self.write()
+        self._windows.more(self._position)
+        self._position = 0
+        self._tell()
+
+    def _known(self) -> bool:
+        """Whether native code may go on: it knows what to run over each interface's packets, or leaves them alone."""
+        interfaces = self._format.interfaces
+        if self._ways is None or len(self._ways) != max(len(interfaces), 1):
+            self._ways = (Way * max(len(interfaces), 1))()
+            for way, interface in zip(self._ways, interfaces, strict=False):
+                try:
+                    runner = self._scanner.runner(interface.dlt, self._windows.size)
+                except FilterError:
+                    # Said when there is a packet of it.
+                    continue
+                if runner.native is not None:
+                    way.each, way.run = runner.native.address, runner.session.address
+        return any(way.each for way in self._ways)
+
+    def _native(self) -> int:
+        buffer, format = self._windows.buffer, self._format
+        self._windows.populate(self._position, _SLICE)
+        scan = Scan(
+            position=self._position,
+            end=len(buffer),
+            until=min(self._position + _SLICE, len(buffer)),
+            packets=0,
+            matched=0,
+            spans=ctypes.addressof(self._spans) if self._spans is not None else 0,
+            count=self._count,
+            most=_SPANS,
+            first=format.first,
+            interfaces=len(format.interfaces),
+        )
+        swapped = format.order != ("<" if sys.byteorder == "little" else ">")
+        with read_address(buffer) as base:
+            run = loop(format.name)
+            why = run(ctypes.addressof(scan), base, self._ways, swapped, format.record_header)
+        self._scanner.packets += scan.packets
+        self._scanner.matched += scan.matched
+        self._position, self._count = scan.position, scan.count
+        # At the end of what is at hand Python looks whether more comes.
+        return int(INCOMPLETE if why == REACHED and self._position == len(buffer) else why)
+
+    def _raise(self) -> None:
+        """The fault that a filter has ended in."""
+        for interface in self._format.interfaces:
+            self._scanner.runner(interface.dlt, 0).session.finish(0)
+
+    def _step(self) -> bool:
+        """Let Python read one record or block; False at the end of the file."""
+        windows = self._windows
+        stream = Stream(_View(windows.buffer, self._position))
+        stream.offset = before = windows.base + self._position
+        try:
+            record = self._format.read(stream)
+        except CaptureError:
+            if windows.final or len(windows.buffer) - self._position > 2 * MAX_RECORD:
+                raise
+            # It may be only cut off by the end of what is at hand.
+            self._refill()
+            return True
+        if stream.offset == before:
+            if windows.final:
+                return False
+            self._refill()
+            return True
+        following = stream.offset - windows.base
+        keep = record is None
+        if record is not None:
+            filter = self._scanner.runner(record.dlt, windows.size).filter
+            keep = filter.run(record.data, record.wirelen, engine="interpreter") > 0
+            self._scanner.packets += 1
+            self._scanner.matched += keep
+        if keep and self._spans is not None:
+            if self._count == _SPANS:
+                self.write()
+            self._spans[2 * self._count], self._spans[2 * self._count + 1] = self._position, following
+            self._count += 1
+        self._position = following
+        return True
+
+    def write(self) -> None:
+        """Write what has been noted."""
+        if self._count and self._spans is not None:
+            self._output.spans(self._windows.buffer, self._spans, self._count)
+        self._count = 0
+
+
+class Output:
+    """The file that matching records are copied to; it gets its name when the block ends without a failure.
+
+    `path` may be None: nothing is written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._file: BinaryIO | None = None
+        self._kind: tuple[object, ...] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self._path is not None
+
+    def __enter__(self) -> Output:
+        if self._path is not None:
+            self._unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}.{id(self):x}")
+            self._file = self._unfinished.open("xb", buffering=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None or self._path is None:
+            return
+        self._file.close()
+        if kind is None:
+            self._unfinished.replace(self._path)
+        else:
+            self._unfinished.unlink(missing_ok=True)
+
+    def begin(self, kind: tuple[object, ...], header: bytes) -> None:
+        """Another file of a format begins; raises `CaptureError` if it cannot be written behind those before."""
+        if self._kind is None:
+            self._kind = kind
+            self._put(header)
+        elif kind != self._kind and self._file is not None:
+            raise CaptureError(f"the captures are of different kinds: {_words(self._kind)}, and {_words(kind)}", 0)
+
+    def span(self, buffer: Any, start: int, end: int) -> None:
+        self._put(memoryview(buffer)[start:end])
+
+    def spans(self, buffer: Any, spans: Any, count: int) -> None:
+        """Copy `count` pairs of offsets of a buffer."""
+        room, used = bytearray(_COPIED), ctypes.c_uint64()
+        done = 0
+        with read_address(buffer) as base, memoryview(buffer) as view, memoryview(room) as copied:
+            to = (ctypes.c_char * _COPIED).from_buffer(room)
+            while done < count:
+                following = gather()(base, spans, done, count, to, _COPIED, ctypes.byref(used))
+                if following == done:
+                    with view[spans[2 * done] : spans[2 * done + 1]] as long:
+                        self._put(long)
+                    done += 1
+                else:
+                    with copied[: used.value] as part:
+                        self._put(part)
+                    done = following
+
+    def append(self, path: str) -> None:
+        """Write what is in another such file behind what is here."""
+        with Windows(path) as windows:
+            stream = Stream(_View(windows.buffer, 0))
+            magic = stream.read_up_to(4)
+            if magic == pcapng.MAGIC:
+                self.begin(_Pcapng.kind, b"")
+                self._put(windows.buffer)
+            else:
+                format = _Pcap(stream, magic)
+                self.begin(format.kind, bytes(windows.buffer[: format.start]))
+                with memoryview(windows.buffer) as view, view[format.start :] as rest:
+                    self._put(rest)
+
+    def _put(self, data: Any) -> None:
+        if self._file is None:
+            return
+        with memoryview(data) as view:
+            done = 0
+            while done < len(view):
+                with view[done:] as rest:
+                    done += self._file.write(rest) or 0
+
+
+def _words(kind: tuple[object, ...]) -> str:
+    if len(kind) == 1:
+        return str(kind[0])
+    name, order, _, dlt, ticks = kind
+    return f"{name} ({'little' if order == '<' else 'big'}-endian, link type {dlt}, {ticks} ticks a second)"

@@ -1,0 +1,264 @@
+"""Whole captures: counted and written alike by native code, by the interpreter and by tcpdump; damage is said."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gzip
+import io
+import os
+import struct
+import subprocess
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import kbpf
+from kbpf.backend import Engine
+from kbpf.errors import FilterError
+from kbpf.pcapfile import CaptureError, open_capture
+from kbpf.runtime.captures import CaptureResult, run_capture
+from kbpf.testing.generate_packets import frame
+
+pytestmark = pytest.mark.requires("llvmlite")
+ENGINES = pytest.mark.parametrize("engine", ["interpreter", "jit"])
+EXPRESSION = "tcp or arp or ip6 and not udp"
+
+
+def packets(count: int = 300, seed: object = 0) -> list[tuple[bytes, int]]:
+    """Bytes and lengths on the wire."""
+    rng = Random(f"captures/{seed}")
+    made = []
+    for _ in range(count):
+        whole = frame(rng, vlan=True)
+        made.append((whole[: rng.choice((14, 30, 2000))], len(whole)))
+    return made
+
+
+def pcap(order: str = "<", magic: int = 0xA1B2C3D4, extra: int = 0, linktype: int = 1, seed: object = 0) -> bytes:
+    out = struct.pack(order + "IHHiIII", magic, 2, 4, 0, 0, 65535, linktype)
+    for number, (data, wirelen) in enumerate(packets(seed=seed)):
+        out += struct.pack(order + "IIII", 1700000000, number, len(data), wirelen) + bytes(extra) + data
+    return out
+
+
+def block(order: str, kind: int, body: bytes) -> bytes:
+    body += bytes(-len(body) % 4)
+    return struct.pack(order + "II", kind, len(body) + 12) + body + struct.pack(order + "I", len(body) + 12)
+
+
+def section(order: str) -> bytes:
+    return block(order, 0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1))
+
+
+def interface(order: str, linktype: int = 1, snaplen: int = 0) -> bytes:
+    return block(order, 1, struct.pack(order + "HHI", linktype, 0, snaplen))
+
+
+def enhanced(order: str, data: bytes, wirelen: int, index: int = 0, options: bytes = b"") -> bytes:
+    body = struct.pack(order + "IIIII", index, 1, 2, len(data), wirelen) + data + bytes(-len(data) % 4) + options
+    return block(order, 6, body)
+
+
+def pcapng(order: str = "<") -> bytes:
+    """Two sections, interfaces of two link types, all kinds of packet blocks, and blocks that nobody knows."""
+    out = section(order) + interface(order)
+    for number, (data, wirelen) in enumerate(packets(200)):
+        if number % 50 == 10:
+            out += block(order, 5, b"statistics") + block(order, 0x0BAD, bytes(number))
+        if number == 60:
+            out += interface(order, 101)
+        if number % 7 == 3:
+            out += block(order, 3, struct.pack(order + "I", len(data)) + data)
+        elif number % 7 == 4:
+            out += block(order, 2, struct.pack(order + "HHIIII", 0, 0, 0, 0, len(data), wirelen) + data)
+        elif number > 60 and number % 5 == 0:
+            out += enhanced(order, data[14:], wirelen, 1, struct.pack(order + "HHHH", 1, 3, 0, 0))
+        else:
+            out += enhanced(order, data, wirelen)
+    other = "<" if order == ">" else ">"
+    return out + section(other) + interface(other, snaplen=40) + enhanced(other, *packets(1)[0])
+
+
+def by_record(data: bytes) -> CaptureResult:
+    """Packet by packet, as the reference."""
+    filters = {1: kbpf.compile(EXPRESSION), 12: kbpf.compile(EXPRESSION, link="RAW")}
+    with open_capture(data) as capture:
+        kept = [filters[r.dlt].run(r.data, r.wirelen, engine="interpreter") > 0 for r in capture]
+    return CaptureResult(len(kept), sum(kept))
+
+
+FILES = {
+    "pcap": pcap(),
+    "pcap big-endian": pcap(">"),
+    "pcap nanoseconds": pcap("<", 0xA1B23C4D),
+    "pcap with longer headers": pcap(">", 0xA1B2CD34, 8),
+    "pcap without records": pcap()[:24],
+    "pcapng": pcapng(),
+    "pcapng big-endian": pcapng(">"),
+    "pcapng without interfaces": section("<"),
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_counted_and_written_whole(engine: Engine, name: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(FILES[name])
+    expected = by_record(FILES[name])
+    assert run_capture(EXPRESSION, path, engine=engine) == expected
+    assert run_capture(EXPRESSION, path, write=out, engine=engine) == expected
+    assert run_capture(EXPRESSION, out, engine=engine) == CaptureResult(expected.matched, expected.matched)
+    assert run_capture("", path, write=out, engine=engine).packets == expected.packets
+    assert out.read_bytes() == FILES[name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.requires("tcpdump")
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pcap ") or name == "pcap"])
+def test_what_is_written_is_what_tcpdump_writes(name: str, tmp_path: Path) -> None:
+    path, ours, theirs = tmp_path / "in.pcap", tmp_path / "ours.pcap", tmp_path / "theirs.pcap"
+    path.write_bytes(FILES[name])
+    run_capture(EXPRESSION, path, write=ours, engine="jit")
+    command = ["tcpdump", "-Z", "root", "-r", str(path), "-w", str(theirs), EXPRESSION]
+    subprocess.run(command, check=True, capture_output=True)
+    with open_capture(ours) as one, open_capture(theirs) as other:
+        assert [r[1:3] for r in one] == [r[1:3] for r in other]
+
+
+@ENGINES
+def test_compressed_files_pipes_and_open_files(engine: Engine, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    for name in ("pcap", "pcapng"):
+        expected = by_record(FILES[name])
+        packed = {"gzip": gzip.compress(FILES[name]), "zstd": zstandard.compress(FILES[name])}
+        # Two members behind one another are one file.
+        half = len(FILES[name]) // 2
+        packed["members"] = gzip.compress(FILES[name][:half]) + gzip.compress(FILES[name][half:])
+        for how, data in packed.items():
+            path, out = tmp_path / how, tmp_path / "out"
+            path.write_bytes(data)
+            assert run_capture(EXPRESSION, path, engine=engine) == expected
+            assert run_capture("", path, write=out, engine=engine).packets == expected.packets
+            assert out.read_bytes() == FILES[name]
+        assert run_capture(EXPRESSION, io.BytesIO(FILES[name]), engine=engine) == expected
+        reading, writing = os.pipe()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, os.fdopen(reading, "rb") as reader:
+
+            def feed(writing: int = writing, data: bytes = FILES[name]) -> None:
+                with os.fdopen(writing, "wb") as writer:
+                    writer.write(data)
+
+            pool.submit(feed)
+            assert run_capture(EXPRESSION, reader, engine=engine) == expected
+
+
+@ENGINES
+@pytest.mark.parametrize("name", ["pcap", "pcap big-endian", "pcapng", "pcapng big-endian"])
+def test_of_a_cut_file_what_is_there_is_counted_and_written(engine: Engine, name: str, tmp_path: Path) -> None:
+    path, out, rng = tmp_path / "in", tmp_path / "out", Random(name)
+    whole = FILES[name]
+    for _ in range(30):
+        cut = whole[: rng.randrange(4, len(whole))]
+        path.write_bytes(cut)
+        with open_capture(io.BytesIO(whole)) as capture:
+            complete = list(capture)
+        expected: tuple[object, ...]
+        try:
+            expected = (by_record(cut), None, None)
+        except CaptureError as error:
+            readable = 0
+            try:
+                with open_capture(cut) as capture:
+                    for _record in capture:
+                        readable += 1
+            except CaptureError:
+                pass
+            filters = {1: kbpf.compile(EXPRESSION), 12: kbpf.compile(EXPRESSION, link="RAW")}
+            kept = [filters[r.dlt].run(r.data, r.wirelen) > 0 for r in complete[:readable]]
+            expected = (CaptureResult(readable, sum(kept)), error.message, error.offset)
+        try:
+            got: tuple[object, ...] = (run_capture(EXPRESSION, path, write=out, engine=engine), None, None)
+        except CaptureError as error:
+            got = (error.result, error.message, error.offset)
+        assert got == expected
+        out.unlink(missing_ok=True)
+
+
+@ENGINES
+def test_corrupt_files_end_where_the_reader_says(engine: Engine, tmp_path: Path) -> None:
+    """Bytes changed at random: the same packets before the damage, and the same words about it."""
+    path, rng = tmp_path / "in", Random(7)
+    for _ in range(60):
+        data = bytearray(FILES[rng.choice(["pcap", "pcapng"])])
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(8, len(data))] = rng.choice((0, 1, 0x7F, 0xFF))
+        path.write_bytes(data)
+        results = []
+        for how in ("interpreter", engine):
+            try:
+                results.append((run_capture(EXPRESSION, path, engine=how), "", 0))  # type: ignore[arg-type]
+            except CaptureError as error:
+                results.append((error.result, error.message, error.offset))
+            except FilterError as error:
+                results.append((None, str(error), 0))
+        assert results[0] == results[1]
+
+
+@ENGINES
+def test_damaged_compression_is_a_capture_error(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "in.gz"
+    path.write_bytes(gzip.compress(FILES["pcap"])[:-900])
+    with pytest.raises(CaptureError, match="damaged") as caught:
+        run_capture(EXPRESSION, path, engine=engine)
+    assert caught.value.result is not None
+
+
+@ENGINES
+def test_several_files_and_several_at_a_time(engine: Engine, tmp_path: Path) -> None:
+    paths, out = [tmp_path / f"{n}.pcap" for n in range(4)], tmp_path / "out"
+    for number, path in enumerate(paths):
+        path.write_bytes(pcap(seed=number))
+    expected = [by_record(path.read_bytes()) for path in paths]
+    total = CaptureResult(sum(e.packets for e in expected), sum(e.matched for e in expected))
+    told: list[int] = []
+    assert run_capture(EXPRESSION, paths, write=out, engine=engine, progress=told.append) == total
+    assert sum(told) == sum(path.stat().st_size for path in paths)
+    written = out.read_bytes()
+    for make in (concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor):
+        with make(2) as executor:  # type: ignore[operator]
+            assert run_capture(EXPRESSION, paths, write=out, engine=engine, executor=executor) == total
+        assert out.read_bytes() == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.pcap", "1.pcap", "2.pcap", "3.pcap", "out"]
+
+
+@ENGINES
+def test_files_of_different_kinds_are_not_written_into_one(engine: Engine, tmp_path: Path) -> None:
+    one, other, out = tmp_path / "one", tmp_path / "other", tmp_path / "out"
+    one.write_bytes(FILES["pcap"])
+    other.write_bytes(FILES["pcap big-endian"])
+    with pytest.raises(CaptureError, match="different kinds"):
+        run_capture(EXPRESSION, [one, other], write=out, engine=engine)
+
+
+def test_a_failure_leaves_no_half_written_file(tmp_path: Path) -> None:
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(pcap(linktype=147))
+    out.write_bytes(b"before")
+    with pytest.raises(FilterError, match="link type 147"):
+        run_capture(EXPRESSION, path, write=out, engine="jit")
+    with pytest.raises(FilterError, match="the filter is for RAW"):
+        path.write_bytes(FILES["pcap"])
+        run_capture(kbpf.compile("tcp", link="RAW"), path, write=out)
+    assert out.read_bytes() == b"before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_is_no_capture_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    for data in (b"", b"\x01", b"hello world"):
+        path.write_bytes(data)
+        with pytest.raises(CaptureError, match="no pcap or pcapng"):
+            run_capture("tcp", path)
+    with pytest.raises(FileNotFoundError):
+        run_capture("tcp", tmp_path / "missing")
