@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 from mapcode import Code, attempt, call, copy, described_value, made, mov, put, stack, the_map
 from sides import Side
-from socks import WORDS, element, here, keep_result, looker
+from socks import MAPS, OUT, WORDS, element, here, keep_result, looker
 
+from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.events import run_event
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.process_sock import sock_of
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec, ProgramSpec
@@ -365,3 +370,53 @@ def test_an_emulated_socket_is_what_its_descriptor_stands_for(kernel: Side, emul
             given += [attempt(partial(backend.map_delete, values, value[:4])) for _ in range(2)]
             results.append(given)
     assert results[1] == results[0]
+
+
+@pytest.mark.parametrize("type", KINDS)
+def test_a_socket_of_the_group_is_selected(kernel: Side, emulator: Side, type: str, sockets: Sockets) -> None:
+    first = sockets.make("first of the group", INET, DGRAM, bind=LOOPBACK, reuse=True)
+    second = sockets.make("second of the group", INET, DGRAM, reuse=True)
+    second.bind(first.getsockname())
+    names = ["udp that shares", "tcp listener that shares", "udp6 that shares", "first of the group", "udp bound",
+             "second of the group", "tcp client", "unix datagrams", None]  # fmt: skip
+    selects = [*copy(9, 1), *element(1), *copy(7, 0)]
+    for index in range(len(names)):
+        selects += [
+            *put(-16, index), *copy(1, 9), *the_map(2, 2), *stack(3, -16), *mov(4, index % 2),
+            *call("sk_select_reuseport"), *keep_result(8 * index),
+        ]  # fmt: skip
+    program = [*selects, *mov(0, 1), EXIT]
+    results = []
+    for side in (kernel, emulator):
+        spec = MapSpec(type=type, key_size=4, value_size=8, max_entries=len(names))
+        with made(side, *MAPS, spec) as fds:
+            for index, name in enumerate(names):
+                if name is not None:
+                    value = struct.pack("=q", sockets.named[name].fileno())
+                    attempt(partial(side.backend.map_update, fds[2], key(index), value))
+            loaded = side.backend.program_load(
+                ProgramSpec(type="sk_reuseport", instructions=tuple(program), license="GPL"), fds
+            )
+            selected = by_kernel(loaded, first, second) if side is kernel else by_emulator(loaded, side, first)
+            results.append((selected, memoryview(side.backend.map_lookup(fds[1], key(0), OUT)).cast("q").tolist()))
+            side.backend.close(loaded)
+    assert results[1] == results[0]
+    assert results[0][0] == second.fileno()
+
+
+def by_kernel(program: int, *group: socket.socket) -> int:
+    """Which socket of the group a datagram comes to."""
+    group[0].setsockopt(socket.SOL_SOCKET, uapi.SO_ATTACH_REUSEPORT_EBPF, program)
+    with socket.socket(INET, DGRAM) as sender:
+        sender.sendto(b"data", group[0].getsockname())
+    ready, _, _ = select.select(group, [], [], 5)
+    group[0].setsockopt(socket.SOL_SOCKET, uapi.SO_DETACH_REUSEPORT_BPF, 0)
+    return int(ready[0].fileno())
+
+
+def by_emulator(program: int, side: Side, first: socket.socket) -> int:
+    assert isinstance(side.backend, EmulatorBackend)
+    packet = Packet(buffer=struct.pack("!HHHH", 9, first.getsockname()[1], 12, 0) + b"data")
+    event = run_event(side.backend.program(program), sock=sock_of(first.fileno()), packet=packet)
+    selected = event.context["selected"]
+    return int(selected.descriptor)

@@ -96,6 +96,10 @@ class SocketMap(SocketHolder):
             raise refused(errno.EINVAL)
         if not _takes_part(sock):
             raise refused(errno.EOPNOTSUPP)
+        self.link(key, sock, flags)
+
+    def link(self, key: bytes, sock: Sock, flags: int) -> None:
+        """Put a socket in that is known to be one for such maps."""
         if flags > uapi.BPF_EXIST:
             raise refused(errno.EINVAL)
         self.check_index(key)
