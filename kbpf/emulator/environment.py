@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from kbpf.emulator.routes import Device, Route
 from kbpf.emulator.socket_table import SocketTable
+from kbpf.emulator.syncookies import SynCookies
+from kbpf.emulator.xfrm import XfrmState
 
 if TYPE_CHECKING:
     from kbpf.emulator.task import Task
@@ -90,6 +92,11 @@ class Environment:
     neighbours: dict[str, bytes] = field(default_factory=dict)
     #: Sockets that packets and programs find.
     sockets: SocketTable = field(default_factory=SocketTable)
+    #: When connections are answered with SYN cookies (net.ipv4.tcp_syncookies), and who makes them.
+    tcp_syncookies: int = 1
+    syncookies: SynCookies = field(default_factory=SynCookies)
+    #: What IPsec has done to packets on their way in, the outermost first.
+    xfrm_states: tuple[XfrmState, ...] = ()
     #: Where bpf_trace_printk writes; None: nowhere.
     trace: Callable[[str], object] | None = None
 

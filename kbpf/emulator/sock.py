@@ -72,6 +72,8 @@ class Sock:
     #: What sock_ops programs are asked about the socket (BPF_SOCK_OPS_*_CB_FLAG), and the hash that it sends with.
     sock_ops_cb_flags: int = 0
     tx_hash: int = 0
+    #: When it last answered a connection with a SYN cookie, by `environment.clock`.
+    syn_cookie_sent: int | None = None
     #: Whether nobody has it open any more.
     closed: bool = False
     #: Options that programs have set, by level and name (see `kbpf.emulator.socket_options`), and congestion control.

@@ -33,6 +33,8 @@ class ReuseportGroup:
     selector: Selector | None = None
     #: Whether one of them has ever been connected.
     has_conns: bool = False
+    #: When one of them last answered a connection with a SYN cookie, by `environment.clock`.
+    syn_cookie_sent: int | None = None
 
     def add(self, sock: Sock) -> None:
         self.socks.append(sock)

@@ -21,6 +21,7 @@ _NO_LOCKS = Elsewhere(
 )
 _SOCKETS = "it is about sockets, which a test must have made"
 _TYPES_OF_THE_KERNEL = "it takes what this one kernel's BTF describes"
+_SECRET = "cookies are sealed with a secret that two machines do not share"
 _NO_TEST_RUN = Elsewhere(
     "Linux has no test run of it", "emulator/test_emulator_events_access.py::test_what_may_be_loaded_and_stored"
 )
@@ -64,6 +65,17 @@ HELPERS: dict[str, Elsewhere] = {
             _SOCKETS,
             "emulator/test_emulator_socket_storage.py::test_programs_and_descriptors_reach_the_same_values",
         ),
+    ),
+    **{
+        f"tcp_raw_{what}_syncookie_ipv{version}": Elsewhere(
+            _SECRET, "emulator/test_emulator_syncookies.py::test_a_cookie_says_the_segment_size"
+        )
+        for what in ("gen", "check")
+        for version in (4, 6)
+    },
+    **dict.fromkeys(
+        ("tcp_gen_syncookie", "tcp_check_syncookie"),
+        Elsewhere(_SOCKETS, "emulator/test_emulator_syncookies.py::test_listeners_make_and_check_cookies"),
     ),
     "snprintf_btf": Elsewhere(
         _TYPES_OF_THE_KERNEL, "emulator/test_emulator_show.py::test_random_values_of_the_kernels_types"

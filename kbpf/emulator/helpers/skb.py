@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import HEADER, VLAN_PROTOCOLS
 from kbpf.emulator.helpers.packet import check_context, overwrite
@@ -9,9 +11,17 @@ from kbpf.emulator.helpers.sock import ancestor_cgroup_id, cgroup_id
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32
 from kbpf.emulator.packet import Packet
-from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
+from kbpf.emulator.xfrm import SIZE as XFRM_SIZE
+from kbpf.uapi.constants import (
+    BPF_SKB_CLOCK_MONOTONIC,
+    BPF_SKB_CLOCK_REALTIME,
+    BPF_SKB_CLOCK_TAI,
+    ETH_P_IP,
+    ETH_P_IPV6,
+)
 
 _CONGESTION = 3
+_CLOCKS = (BPF_SKB_CLOCK_REALTIME, BPF_SKB_CLOCK_MONOTONIC, BPF_SKB_CLOCK_TAI)
 #: Whose a packet without a socket is (kernel.overflowuid).
 _NOBODY = 65534
 
@@ -71,6 +81,29 @@ def skb_ecn_set_ce(run: Run, skb: int, *_: int) -> int:
     return 0
 
 
+def skb_set_tstamp(run: Run, skb: int, stamp: int, kind: int, *_: int) -> int:
+    """Set the time of delivery and its clock, of which only CLOCK_REALTIME may stand at 0."""
+    check_context(skb)
+    packet, kind = run.packet, kind & M32
+    if packet.protocol not in (ETH_P_IP, ETH_P_IPV6):
+        return -errno.EOPNOTSUPP
+    if kind not in _CLOCKS or (kind != BPF_SKB_CLOCK_REALTIME and not stamp):
+        return -errno.EINVAL
+    packet.tstamp, packet.tstamp_type = stamp, kind
+    return 0
+
+
+def skb_get_xfrm_state(run: Run, skb: int, index: int, to: int, size: int, flags: int) -> int:
+    check_context(skb)
+    index, size = index & M32, size & M32
+    run.check_writable(to, size)
+    if flags or index >= len(environment.xfrm_states) or size != XFRM_SIZE:
+        run.write(to, bytes(size))
+        return -errno.EINVAL
+    run.write(to, environment.xfrm_states[index].packed())
+    return 0
+
+
 def _of_packet(name: str) -> HelperFunction:
     """A helper that gives what the environment says of the packet."""
 
@@ -108,6 +141,8 @@ HELPERS: dict[str, HelperFunction] = {
     "set_hash_invalid": set_hash_invalid,
     "set_hash": set_hash,
     "skb_ecn_set_ce": skb_ecn_set_ce,
+    "skb_set_tstamp": skb_set_tstamp,
+    "skb_get_xfrm_state": skb_get_xfrm_state,
     "get_socket_cookie": get_socket_cookie,
     "get_socket_uid": get_socket_uid,
     "get_cgroup_classid": _of_packet("cgroup_classid"),
