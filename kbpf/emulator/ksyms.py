@@ -83,3 +83,15 @@ def resolve(id: int, module: int) -> Symbol:
     if len(given) != environment.cpus or any(len(value) != size for value in given):
         raise ValueError(f"kernel variable {record.name}: give {environment.cpus} values of {size} bytes")
     return Symbol(record.name, tuple(Region(value, writable=False) for value in given))
+
+
+def refuse_function(id: int) -> None:
+    """Refuse a call of one of the kernel's functions for programs (kfuncs) by name; do nothing where it is none."""
+    from kbpf.elf import btf
+
+    types = kernel_types()
+    if types is None:
+        return
+    for record in types.records:
+        if record.kind == btf.DECL_TAG and record.word == id and record.name == "bpf_kfunc":
+            raise invalid(f"the emulator does not have the kernel function {types[id].name} yet", errno.EOPNOTSUPP)

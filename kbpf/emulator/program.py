@@ -101,6 +101,9 @@ class Program:
         if spec.type == "syscall" and not self.sleepable:
             raise invalid("Syscall programs can only be sleepable")
         self.name = object_name(spec.name)
+        for opcode, _, src, off, imm in spec.instructions:
+            if opcode == ebpf.JMP | ebpf.CALL and src == ebpf.PSEUDO_KFUNC_CALL and not off:
+                ksyms.refuse_function(imm)
         checks.check(spec.instructions, spec.type in LOADS_PACKET)
         calls.check(spec)
         #: In order of first use; the program keeps them.

@@ -70,6 +70,26 @@ def test_functions_are_there(kernel: Side, emulator: Side) -> None:
             run(emulator, main(symbol(1, record.id), misused), [])
 
 
+def test_functions_for_programs_are_refused_by_name(emulator: Side) -> None:
+    record = vmlinux().find("bpf_task_release", btf.FUNC)
+    assert record is not None
+    called = [Instruction(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_KFUNC_CALL, 0, record.id)]
+    assert refusal(emulator, main(called)) == (
+        95,
+        "the emulator does not have the kernel function bpf_task_release yet",
+    )
+
+
+@pytest.mark.requires("kernel")
+@pytest.mark.parametrize("name", ("tcp_sendmsg", "task_struct"))
+def test_what_is_no_function_for_programs_is_not_called(kernel: Side, emulator: Side, name: str) -> None:
+    record = vmlinux().find(name, btf.FUNC) or vmlinux().find(name, btf.STRUCT)
+    assert record is not None
+    called = [Instruction(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_KFUNC_CALL, 0, record.id)]
+    for side in (kernel, emulator):
+        assert refusal(side, main(called))[0] in (13, 22)
+
+
 @pytest.fixture
 def variable() -> Iterator[int]:
     """An int called `number` that stands for 100 on the first processor and 101 on the next."""

@@ -73,7 +73,7 @@ class Array(Map):
         if index >= self.max_entries:
             raise refused(errno.ENOENT)
         at = index * self._stride
-        return bytes(self.values.buffer[at : at + self.user_value_size])
+        return self.cleared(bytes(self.values.buffer[at : at + self.user_value_size]))
 
     def following(self, key: bytes | None) -> bytes:
         index = -1 if key is None else int.from_bytes(key, sys.byteorder)
@@ -150,8 +150,8 @@ class PerCpuArray(Array):
 
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         at = self._place(key, flags) + environment.cpu * self._slot
-        self.values.buffer[at : at + self.value_size] = value  # type: ignore[index]
+        self.values.buffer[at : at + self.value_size] = self.cleared(value)  # type: ignore[index]
 
     def write(self, key: bytes, value: bytes, flags: int) -> None:
         at = self._place(key, flags)
-        self.values.buffer[at : at + self._stride] = value  # type: ignore[index]
+        self.values.buffer[at : at + self._stride] = self.cleared(value)  # type: ignore[index]

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from kbpf.backend import object_name
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.special import special_fields
-from kbpf.emulator.memory import M32, MutableBuffer, Region
+from kbpf.emulator.memory import M32, REGIONS, MutableBuffer, Region
 from kbpf.errors import ENOTSUPP, EmulationFault
 from kbpf.specs import MapSpec
 from kbpf.uapi import constants as uapi
@@ -182,6 +182,10 @@ class Map:
             kept = self.kept.pop(value + field.offset, None)
             if kept is not None:
                 kept.free()
+            if field.is_pointer:
+                at = (value & M32) + field.offset
+                memory = REGIONS[value >> 32].buffer
+                memory[at : at + field.size] = bytes(field.size)  # type: ignore[index]
 
     def key_at(self, value: int) -> bytes:
         """The key of the element whose value is, or was, at this address."""
@@ -226,10 +230,14 @@ class Map:
         return region
 
     def cleared(self, value: bytes) -> bytes:
-        """A value as it is stored: fields that are the kernel's own are left out."""
-        for _, offset, size in self.special:
-            value = value[:offset] + bytes(size) + value[offset + size :]
-        return value
+        """A value, or all processors' values, as it is stored and read: fields that are the kernel's own are 0."""
+        if not self.special:
+            return value
+        out = bytearray(value)
+        for start in range(0, len(out), self.slot_size):
+            for _, offset, size in self.special:
+                out[start + offset : start + offset + size] = bytes(size)
+        return bytes(out)
 
     @property
     def slot_size(self) -> int:

@@ -144,13 +144,14 @@ class Hash(Map):
         entry = self._entries.get(key)
         if entry is None:
             raise refused(errno.ENOENT)
-        return self._slots.read(entry.address, self.user_value_size)
+        return self._value(entry)
 
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         if not self.per_cpu:
             self._put(key, value, flags)
             return
         # A program sets its own processor's value; a new element has zeroes for the others.
+        value = self.cleared(value)
         entry = self._check_update(key, flags)
         at = environment.cpu * self._slot
         if entry is None:
@@ -191,9 +192,13 @@ class Hash(Map):
         values: list[bytes] = []
         while entry is not self._ends and len(keys) < count:
             keys.append(entry.key)
-            values.append(self._slots.read(entry.address, self.user_value_size))
+            values.append(self._value(entry))
             entry = entry.next
         return keys, values, None if entry is self._ends else _TOKEN.pack(entry.serial)
+
+    def _value(self, entry: Entry) -> bytes:
+        """As user space reads it."""
+        return self.cleared(self._slots.read(entry.address, self.user_value_size))
 
     # What an LRU map does otherwise.
 
@@ -220,8 +225,12 @@ class Hash(Map):
         value = self.cleared(value)
         if entry is None:
             self._add(key, value)
-        elif self.per_cpu or flags & uapi.BPF_F_LOCK:
+        elif self.per_cpu:
             # In place: programs that hold a pointer see it.
+            self._slots.write(entry.address, value)
+        elif flags & uapi.BPF_F_LOCK:
+            # So here, and what is the kernel's own stays.
+            value = self._with_fields(value, self._slots.read(entry.address, self.value_size))
             self._slots.write(entry.address, value)
         else:
             address = self._spare or self._slots.take()
@@ -238,6 +247,12 @@ class Hash(Map):
         self._serial += 1
         entry = self._entries[key] = Entry(key, address, self._serial)
         self._append(entry)
+
+    def _with_fields(self, value: bytes, of: bytes) -> bytes:
+        """The value, with the special fields of another."""
+        for _, offset, size in self.special:
+            value = value[:offset] + of[offset : offset + size] + value[offset + size :]
+        return value
 
     def _place_value(self, address: int, key: bytes, value: bytes) -> None:
         self._slots.write(address, value)

@@ -1,17 +1,21 @@
 """Fields of map values that are the kernel's own, by what BTF says of the value (kernel/bpf/btf.c).
 
-Programs reach them through helpers only. User space reads zeroes, and what it writes there is left out.
+Programs reach them through helpers only, but load pointers, and store untrusted ones. User space reads zeroes, and what
+it writes there is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from kbpf.emulator.ksyms import kernel_types
 from kbpf.errors import ObjectError
 from kbpf.specs import MapSpec
-from kbpf.types import Array, Struct, Type
+from kbpf.types import Type
 from kbpf.uapi import constants as uapi
+
+if TYPE_CHECKING:
+    from kbpf.elf.btf import Btf, Record
 
 #: Types of maps that may have each.
 _LOCK_TYPES = frozenset(
@@ -21,6 +25,8 @@ _TIMER_TYPES = frozenset({"hash", "lru_hash", "array"})
 _REFERENCE_TYPES = (_LOCK_TYPES - {"cgroup_storage"}) | {
     "lru_hash", "percpu_hash", "lru_percpu_hash", "percpu_array"
 }  # fmt: skip
+#: Type tags of pointers to objects of the kernel, or of a program.
+_POINTERS = ("kptr_untrusted", "kptr", "percpu_kptr")
 
 
 class _Kind(NamedTuple):
@@ -38,15 +44,24 @@ _TYPES = {
     "bpf_wq": _Kind(_TIMER_TYPES, 16, 8),
     "bpf_task_work": _Kind(_TIMER_TYPES, 8, 8),
     "bpf_refcount": _Kind(_REFERENCE_TYPES, 4, 4),
+    **{tag: _Kind(_REFERENCE_TYPES, 8, 8) for tag in _POINTERS},
 }
+#: The most that a value has of them (BTF_FIELDS_MAX).
+_MOST = 11
+#: Kernel structs that a referenced pointer may be to: those that have a destructor.
+_WITH_DESTRUCTOR = ("task_struct", "cgroup", "bpf_cpumask", "bpf_crypto_ctx")
 
 
 class Special(NamedTuple):
-    """One such field: the name of its struct, and where it lies in the value."""
+    """One such field: the name of its struct, or the tag of its pointer, and where it lies in the value."""
 
     name: str
     offset: int
     size: int
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.name in _POINTERS
 
 
 def described_value(spec: MapSpec) -> Type | None:
@@ -66,13 +81,18 @@ def described_value(spec: MapSpec) -> Type | None:
 
 def special_fields(spec: MapSpec) -> tuple[Special, ...]:
     """The value's special fields. Where Linux would not take the BTF, the map is made without: there are none."""
-    value = described_value(spec)
-    if value is None or spec.flags & (uapi.BPF_F_RDONLY_PROG | uapi.BPF_F_WRONLY_PROG):
+    if described_value(spec) is None or spec.flags & (uapi.BPF_F_RDONLY_PROG | uapi.BPF_F_WRONLY_PROG):
         return ()
-    found = tuple(_fields(value, 0))
-    names = [field.name for field in found]
+    from kbpf.elf.btf import Btf
+
+    types = Btf(spec.btf)
+    try:
+        found = tuple(_fields(types, types.strip(spec.btf_value_type_id)))
+    except ObjectError:
+        return ()
+    names = [field.name for field in found if not field.is_pointer]
     allowed = all(_may_be(field, spec.type) for field in found)
-    return found if allowed and len(names) == len(set(names)) else ()
+    return found if allowed and len(names) == len(set(names)) and len(found) <= _MOST else ()
 
 
 def _may_be(field: Special, map_type: str) -> bool:
@@ -80,15 +100,45 @@ def _may_be(field: Special, map_type: str) -> bool:
     return map_type in kind.maps and field.size == kind.size and not field.offset % kind.alignment
 
 
-def _fields(type: Type, at: int) -> Iterator[Special]:
-    if isinstance(type, Struct):
-        for member in type.members:
-            offset = at + member.bit_offset // 8
-            inner = member.type
-            if isinstance(inner, Struct) and inner.name in _TYPES:
-                yield Special(inner.name, offset, inner.size)
-            else:
-                yield from _fields(inner, offset)
-    elif isinstance(type, Array):
-        for index in range(type.count):
-            yield from _fields(type.element, at + index * type.element.size)
+def _fields(types: Btf, value: Record) -> list[Special]:
+    """Of a struct, or a section of variables. As Linux, it looks through arrays, but not through typedefs."""
+    from kbpf.elf import btf
+
+    found = []
+    for item in value.items if value.kind in (btf.STRUCT, btf.DATASEC) else ():
+        if value.kind == btf.DATASEC:
+            record, offset = types[types[item.type].word], item.offset
+        else:
+            record, offset = types[item.type], item.bit_offset // 8
+        count = 1
+        while record.kind == btf.ARRAY:
+            count *= record.data[2]
+            record = types[record.data[0]]
+        inside, size = [], 8
+        if record.kind == btf.STRUCT:
+            size = record.word
+            inside = [Special(record.name, 0, size)] if record.name in _TYPES else _fields(types, record)
+        elif record.kind == btf.PTR and types[record.word].kind == btf.TYPE_TAG:
+            inside = [Special(_tag(types, types[record.word]), 0, size)]
+        if len(inside) * count > _MOST:
+            raise ObjectError("too many special fields")
+        found += [
+            Special(name, offset + index * size + at, length)
+            for index in range(count if inside else 0)
+            for name, at, length in inside
+        ]
+    return found
+
+
+def _tag(types: Btf, tag: Record) -> str:
+    """What a pointer to a struct is said to be; an error where Linux has no such pointers."""
+    from kbpf.elf import btf
+
+    target = types.strip(tag.word)
+    if tag.name not in _POINTERS or types[tag.word].kind == btf.TYPE_TAG or target.kind != btf.STRUCT:
+        raise ObjectError("no such pointer")
+    if tag.name == "kptr" and target.name not in _WITH_DESTRUCTOR:
+        known = kernel_types()
+        if known is not None and known.find(target.name, btf.STRUCT) is not None:
+            raise ObjectError("nothing releases such an object")
+    return tag.name
