@@ -7,6 +7,7 @@ program that Linux runs on events of its own, over a context and a `Sock` that a
 thread that programs run in.
 """
 
+from kbpf.emulator.cgroup import Cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
@@ -18,6 +19,7 @@ from kbpf.emulator.tracing import Event
 
 __all__ = [
     "Area",
+    "Cgroup",
     "EmulatedInterface",
     "Event",
     "EventRun",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kbpf.backend import Batch
 from kbpf.emulator.maps import KINDS
 from kbpf.specs import MapSpec
 from kbpf.uapi import constants as uapi
+from kbpf.uapi.enums import MAP_TYPES
 
 pytestmark = pytest.mark.requires("kernel")
 
@@ -100,6 +102,15 @@ def test_names_are_cut_down_alike(kernel: Side, emulator: Side, name: str) -> No
     spec = MapSpec(type="array", name=name, **HASHED)
     with pair(kernel, emulator, spec) as fds:
         assert emulator.backend.map_info(fds[1]).name == kernel.backend.map_info(fds[0]).name
+
+
+@pytest.mark.parametrize("kind", ("struct_ops", "arena"))
+def test_types_that_the_emulator_has_not_are_refused_by_name(emulator: Side, kind: str) -> None:
+    """All others that Linux 6.18 has are here."""
+    assert set(MAP_TYPES) - set(KINDS) == {"unspec", "struct_ops", "arena"}
+    with pytest.raises(OSError, match=f"no maps of type {kind} yet") as caught:
+        create(emulator, MapSpec(type=kind, max_entries=1, flags=uapi.BPF_F_MMAPABLE))
+    assert caught.value.errno == errno.EOPNOTSUPP
 
 
 def test_types_are_linux_types(emulator: Side) -> None:
