@@ -70,3 +70,22 @@ class LookupContext:
 
     def store(self, offset: int, size: int, value: int) -> bool:
         return False
+
+
+def asks(protocol: int, remote: bytes, remote_port: int, local: bytes, local_port: int, ifindex: int) -> bytes:
+    """The context of a packet that looks for its socket: packed addresses, ports in host order."""
+    version = "4" if len(local) == 4 else "6"
+    values = {
+        "family": (socket.AF_INET if version == "4" else socket.AF_INET6).to_bytes(4, sys.byteorder),
+        "protocol": protocol.to_bytes(4, sys.byteorder),
+        f"remote_ip{version}": remote,
+        "remote_port": remote_port.to_bytes(2, "big"),
+        f"local_ip{version}": local,
+        "local_port": local_port.to_bytes(4, sys.byteorder),
+        "ingress_ifindex": ifindex.to_bytes(4, sys.byteorder),
+    }
+    given = bytearray(_LAYOUT.size)
+    for name, value in values.items():
+        at = _LAYOUT.fields[name].offset
+        given[at : at + len(value)] = value
+    return bytes(given)

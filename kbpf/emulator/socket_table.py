@@ -1,8 +1,9 @@
 """The sockets of a network namespace, and which of them a packet belongs to.
 
-The counterpart of net/ipv4/inet_hashtables.c, net/ipv4/udp.c and their IPv6 siblings: connections first, then what is
-bound to the address, then what is bound to any address; of those that match, the one that is bound to most, and of
-equals the one that came last.
+The counterpart of net/ipv4/inet_hashtables.c, net/ipv4/udp.c and their IPv6 siblings: connections first, then what
+programs say, then what is bound to the address, then what is bound to any address; of those that match, the one that
+is bound to most, and of equals the one that came last. (UDP sockets bound to the address are looked for before
+programs are asked; only connected ones then go before what programs say.)
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from kbpf.emulator.packet import Packet
+from kbpf.emulator.sk_lookup import LookupContext, asks
 from kbpf.emulator.sock import ANY4, ANY6, LOOPBACK4_IPV6, Sock, as_ipv4
 from kbpf.uapi.constants import BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_LISTEN
 
@@ -21,7 +23,12 @@ from kbpf.uapi.constants import BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_LIST
 Selector: TypeAlias = Callable[[Sock, Packet, int], "Sock | None"]
 #: The sender's address and port, the receiver's, and the device that the packet came in by.
 _Tuple: TypeAlias = "tuple[bytes, int, bytes, int, int]"
-_Finder: TypeAlias = 'Callable[[list[Sock], bytes, _Tuple, "Packet | None"], "Sock | None"]'
+
+
+class LookupProgram(Protocol):
+    """A loaded program of type sk_lookup."""
+
+    def execute(self, packet: Packet | None, data: bytes, context: LookupContext) -> int: ...
 
 
 @dataclass(eq=False)
@@ -68,6 +75,8 @@ class SocketTable:
     def __init__(self) -> None:
         #: By protocol and local port, the last one first.
         self._socks: dict[tuple[int, int], list[Sock]] = {}
+        #: Programs of type sk_lookup, in the order in which they were attached (Linux 5.9).
+        self.programs: list[LookupProgram] = []
         #: What chooses among sockets that share a port; Linux's depends on a secret.
         self.flow_hash: Callable[[bytes], int] = zlib.crc32
 
@@ -114,12 +123,25 @@ class SocketTable:
 
     def _tcp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
         connections = [sock for sock in socks if sock.state not in (BPF_TCP_LISTEN, BPF_TCP_CLOSE)]
-        return _connected(connections, flow) or self._of_address(self._listener, socks, flow, packet)
+        found = _connected(connections, flow)
+        if found is not None:
+            return found
+        decided, chosen = self._ask_programs(socket.IPPROTO_TCP, flow, packet)
+        if decided:
+            return chosen
+        local = flow[2]
+        return self._listener(socks, local, flow, packet) or self._listener(socks, _any(local), flow, packet)
 
     def _udp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
         # A table of connections since Linux 6.13: that one is bound to a device too does not count there.
         connections = [sock for sock in socks if sock.state == BPF_TCP_ESTABLISHED]
-        found = _connected(connections, flow) or self._of_address(self._bound, socks, flow, packet)
+        found = _connected(connections, flow) or self._bound(socks, flow[2], flow, packet)
+        if found is not None and found.state == BPF_TCP_ESTABLISHED:
+            return found
+        decided, chosen = self._ask_programs(socket.IPPROTO_UDP, flow, packet)
+        if decided:
+            return chosen
+        found = found or self._bound(socks, _any(flow[2]), flow, packet)
         if found is None and flow[2] == LOOPBACK4_IPV6:
             # Linux falls back on the IPv4 address that a socket has kept, whatever the socket is connected to.
             kept = [sock for sock in connections if as_ipv4(sock.local) is None and not sock.v6only]
@@ -127,9 +149,19 @@ class SocketTable:
             found = max(kept, key=lambda sock: bool(sock.bound_dev_if), default=None)
         return found
 
-    def _of_address(self, find: _Finder, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
-        local = flow[2]
-        return find(socks, local, flow, packet) or find(socks, ANY4 if len(local) == 4 else ANY6, flow, packet)
+    def _ask_programs(self, protocol: int, flow: _Tuple, packet: Packet | None) -> tuple[bool, Sock | None]:
+        """Whether lookup programs decide, and for which socket: None refuses (`BPF_PROG_SK_LOOKUP_RUN_ARRAY`)."""
+        chosen, alone, dropped = None, False, False
+        for program in self.programs:
+            context = LookupContext(asks(protocol, *flow))
+            context.selected, context.no_reuseport = chosen, alone
+            passed = program.execute(Packet(buffer=b""), b"", context) != 0
+            if passed and context.selected is not None:
+                chosen, alone = context.selected, context.no_reuseport
+            dropped |= not passed
+        if chosen is None:
+            return dropped, None
+        return True, chosen if alone else self._of_group(chosen, flow, packet) or chosen
 
     def _listener(self, socks: list[Sock], bound: bytes, flow: _Tuple, packet: Packet | None) -> Sock | None:
         result, best = None, 0
@@ -168,6 +200,10 @@ class SocketTable:
         remote, remote_port, local, local_port, _ = flow
         ports = local_port.to_bytes(2, "big") + remote_port.to_bytes(2, "big")
         return sock.reuseport.select(sock, packet, self.flow_hash(local + remote + ports))
+
+
+def _any(local: bytes) -> bytes:
+    return ANY4 if len(local) == 4 else ANY6
 
 
 def _connected(connections: list[Sock], flow: _Tuple) -> Sock | None:
