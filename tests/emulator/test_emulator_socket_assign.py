@@ -1,0 +1,102 @@
+"""Traffic control gives packets that come in to sockets, against the kernel's on loopback of a network namespace."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+from mapcode import Code, call, copy, made, mov
+from sides import FRAME, Side
+from socks import MAPS, OUT, Scene, keep_result, looks_up, tuple_of
+
+from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.environment import environment
+from kbpf.emulator.packet import Packet
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+from kbpf.kernel.attrs import command
+from kbpf.specs import ProgramSpec
+from kbpf.testing.network import NetworkNamespace
+from kbpf.uapi.enums import ATTACH_TYPES
+from kbpf.uapi.structs import STRUCTS
+
+pytestmark = pytest.mark.requires("kernel")
+
+SK = STRUCTS["__sk_buff"].fields["sk"].offset
+LOOPBACK = 1
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    before = environment.sockets
+    with NetworkNamespace() as namespace, Scene(namespace, environment) as scene:
+        yield scene
+    environment.sockets = before
+
+
+def assigns(flags: int) -> Code:
+    """Assign the socket, and keep the result, the packet's cookie before and after, and whether its socket is it."""
+    return [
+        *copy(1, 9), *call("get_socket_cookie"), *keep_result(0),
+        *copy(1, 9), *copy(2, 8), *mov(3, flags), *call("sk_assign"), *keep_result(8),
+        *copy(1, 9), *call("get_socket_cookie"), *keep_result(16),
+        Instruction(ebpf.LDX | ebpf.MEM | ebpf.DW, 1, 9, SK), *mov(0, 1),
+        Instruction(ebpf.JMP | ebpf.JEQ | ebpf.X, 1, 8, 1), *mov(0, 0), *keep_result(24),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+@pytest.mark.parametrize("name", ["udp", "udp that shares", "listener", "client", "child"])
+def test_a_packet_that_comes_in_is_given_to_a_socket(
+    kernel: Side, emulator: Side, scene: Scene, name: str, flags: int
+) -> None:
+    kind = socket.SOCK_DGRAM if name.startswith("udp") else socket.SOCK_STREAM
+    bound = scene.socket(socket.AF_INET, kind)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, name == "udp that shares")
+    bound.bind(("127.0.0.1", 80))
+    question = tuple_of("127.0.0.1", 9, "127.0.0.1", 80)
+    if kind == socket.SOCK_STREAM:
+        bound.listen()
+        client = scene.socket(socket.AF_INET, kind)
+        client.connect(("127.0.0.1", 80))
+        child = scene.own(bound.accept()[0])
+        scene.listed(client)
+        scene.listed(child, accepted=True)
+        port = client.getsockname()[1]
+        if name == "client":
+            question = tuple_of("127.0.0.1", 80, "127.0.0.1", port)
+        elif name == "child":
+            question = tuple_of("127.0.0.1", port, "127.0.0.1", 80)
+    scene.listed(bound)
+    program = looks_up("sk_lookup_udp" if kind == socket.SOCK_DGRAM else "sk_lookup_tcp", 12, assigns(flags))
+    results = []
+    for side in (kernel, emulator):
+        with made(side, *MAPS) as fds:
+            side.backend.map_update(fds[0], bytes(4), question.ljust(36, b"\0"))
+            spec = ProgramSpec(type="sched_cls", instructions=tuple(program), license="GPL")
+            fd = side.backend.program_load(spec, fds)
+            if side is kernel:
+                scene.namespace.call(receive, fd)
+            else:
+                assert isinstance(side.backend, EmulatorBackend)
+                packet = Packet(buffer=bytearray(FRAME), mac=0, network=14, ifindex=LOOPBACK, at_ingress=True)
+                side.backend.program(fd).run_packet(packet)
+            results.append(memoryview(side.backend.map_lookup(fds[1], bytes(4), OUT)).cast("q").tolist())
+            side.backend.close(fd)
+    assert results[1] == results[0]
+    assert results[0][3] == (not flags)
+
+
+def receive(program: int) -> None:
+    """Let a packet come in by loopback, where the program waits."""
+    attach_type = ATTACH_TYPES["tcx_ingress"]
+    link = command("link_create", prog_fd=program, target_fd=LOOPBACK, attach_type=attach_type)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, 253) as sender:
+            sender.sendto(b"data", ("127.0.0.1", 0))
+            sender.settimeout(5)
+            sender.recv(100)
+    finally:
+        os.close(link)
