@@ -14,6 +14,7 @@ import pytest
 from btf_bytes import ARRAY, PTR, BtfBytes
 from mapcode import EXIT, Code, attempt, call, copy, get, made, main, mov, put, run, stack, the_map, unless_null
 from sides import Side
+from timers import with_timer
 
 from kbpf.backend import LoadRefused
 from kbpf.elf import btf
@@ -167,3 +168,26 @@ def test_without_kernel_functions_there_is_no_exchange(kernel: Side, emulator: S
             run(kernel, program, one, type="sched_cls")
         with pytest.raises(LoadRefused, match="kptr_xchg"):
             run(emulator, program, other, type="sched_cls")
+
+
+ALIKE = {
+    "plain": MapSpec(type="array", key_size=4, value_size=32, max_entries=2),
+    "a timer": with_timer(),
+    "a timer elsewhere": with_timer(at=8),
+    "untrusted pointers": with_pointer("kptr_untrusted", count=2, max_entries=2),
+    "referenced pointers": with_pointer("kptr", count=2, max_entries=2),
+}
+
+
+@pytest.mark.parametrize("type", ("array_of_maps", "hash_of_maps"))
+@pytest.mark.parametrize("template", ALIKE)
+def test_maps_in_maps_have_the_same_special_fields(kernel: Side, emulator: Side, type: str, template: str) -> None:
+    outer = MapSpec(type=type, key_size=4, value_size=4, max_entries=1, inner=ALIKE[template])
+    for name, spec in ALIKE.items():
+        results = []
+        for side in (kernel, emulator):
+            with made(side, outer, spec) as (maps, inner):
+                value = struct.pack("=I", inner)
+                results.append(attempt(lambda: side.backend.map_update(maps, bytes(4), value)))  # noqa: B023
+        assert results[1] == results[0], name
+        assert (results[0] is None) == (name == template)

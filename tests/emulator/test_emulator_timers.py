@@ -14,6 +14,7 @@ import pytest
 from mapcode import EXIT, Code, attempt, call, call_function, copy, described, link_functions, made, mov, put, the_map
 from mapcode import stack as stack_address
 from sides import FRAME, Side
+from test_emulator_maps_locks import locked
 from timers import (
     RESULTS,
     VALUE_SIZE,
@@ -28,9 +29,11 @@ from timers import (
     with_timer,
 )
 
-from kbpf.backend import LoadRefused
-from kbpf.emulator import ManualClock, environment
+from kbpf.backend import Engine, LoadRefused
+from kbpf.emulator import ManualClock, environment, test_runs
+from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.clock import timeline
+from kbpf.emulator.program import Program
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
@@ -279,8 +282,8 @@ def with_stack(main: int, callback: int, callee: int = 0) -> tuple[Code, dict[st
     return code, {"type": "sched_cls", **described(starts, parameters=3)}
 
 
-def refusal(side: Side, code: Code, **spec: Any) -> tuple[int, str]:
-    with made(side, with_timer(), RESULTS) as maps:
+def refusal(side: Side, code: Code, map: MapSpec | None = None, **spec: Any) -> tuple[int, str]:
+    with made(side, map or with_timer(), RESULTS) as maps:
         try:
             side.backend.close(load(side, code, maps, **spec))
         except LoadRefused as error:
@@ -292,6 +295,33 @@ def refusal(side: Side, code: Code, **spec: Any) -> tuple[int, str]:
 def test_a_callback_has_a_stack_of_its_own(kernel: Side, emulator: Side, stacks: tuple[int, ...]) -> None:
     code, info = with_stack(*stacks)
     assert refusal(emulator, code, **info) == refusal(kernel, code, **info)
+
+
+@pytest.mark.parametrize("type", ("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable"))
+@pytest.mark.parametrize("field", ("bpf_timer", "bpf_spin_lock"))
+def test_tracing_programs_may_not_even_name_such_a_map(kernel: Side, emulator: Side, type: str, field: str) -> None:
+    map = with_timer() if field == "bpf_timer" else locked("array")
+    code = [*the_map(1), *mov(0, 0), EXIT]
+    results = [refusal(side, code, map, type=type) for side in (kernel, emulator)]
+    assert results[1] == results[0] == (22, f"tracing progs cannot use {field} yet")
+
+
+@pytest.mark.parametrize("engine", ("interpreter", "jit"))
+def test_native_code_sets_timers_too(emulator: Side, clock: ManualClock, engine: Engine) -> None:
+    if engine == "jit":
+        pytest.importorskip("llvmlite")
+    code, info = program(*READY, start(MS), callback=(times(3, start(MS)),))
+    backend = emulator.backend
+    assert isinstance(backend, EmulatorBackend)
+    with made(emulator, spec_of("array"), RESULTS) as maps:
+        loaded = Program(
+            ProgramSpec(instructions=tuple(code), **info), [backend.map(fd) for fd in maps], backend.map, engine=engine
+        )
+        for runs in (1, 2):
+            test_runs.run(loaded, FRAME, bytes(192))
+            clock.advance(10 * MS)
+            outcome, _ = results(emulator, maps[1])
+            assert outcome[:3] == ((0, 0, 0) if runs == 1 else (-16, 0, 0))
 
 
 def test_callbacks_that_set_themselves_are_no_recursion(kernel: Side, emulator: Side) -> None:

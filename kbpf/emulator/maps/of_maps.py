@@ -36,11 +36,12 @@ class InnerMaps(Map):
     def resolve(self, descriptor: int) -> Map:
         """The map behind a descriptor, if it may stand in for the template."""
         given, template = self.descriptors.map(descriptor), self.template
-        alike = (given.type, given.key_size, given.value_size, given.flags) == (
+        alike = (given.type, given.key_size, given.value_size, given.flags, given.special) == (
             template.type,
             template.key_size,
             template.value_size,
             template.flags,
+            template.special,
         )
         sized = template.type in _SIZED and not template.flags & uapi.BPF_F_INNER_MAP
         if not alike or (sized and given.max_entries != template.max_entries):
