@@ -87,6 +87,13 @@ HELPERS: dict[str, Elsewhere] = {
             "emulator/test_emulator_kernel_variables.py::test_each_processor_has_its_own",
         ),
     ),
+    **dict.fromkeys(
+        ("task_storage_get", "task_storage_delete", "cgrp_storage_get", "cgrp_storage_delete"),
+        Elsewhere(
+            "it is about what a program finds by following the kernel's pointers",
+            "emulator/test_emulator_task_storage.py::test_values_of_what_a_program_holds",
+        ),
+    ),
 }  # fmt: skip
 
 #: Types of programs.
