@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from kbpf.runtime.map import Map
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
-    from kbpf.specs import CollectionSpec, FilterSpec, MapSpec, ProgramSpec
+    from kbpf.specs import (
+        CollectionSpec,
+        FilterSpec,
+        MapSpec,
+        PerfEvent,
+        ProgramSpec,
+        RawTracepoint,
+        Tracepoint,
+        Uprobe,
+    )
 
 # Where each name is defined; a submodule is at home here.
 _HOMES = {
@@ -42,9 +51,13 @@ _HOMES = {
     "Map": "runtime.map",
     "Packets": "runtime.packets",
     "MapSpec": "specs",
+    "PerfEvent": "specs",
     "Program": "runtime.program",
     "ProgramSpec": "specs",
+    "RawTracepoint": "specs",
     "RunResult": "runtime.program",
+    "Tracepoint": "specs",
+    "Uprobe": "specs",
     "attach": "runtime.attach",
     "bcc": "",
     "compile": "runtime.filter",
@@ -76,10 +89,14 @@ __all__ = [
     "NotSupportedError",
     "ObjectError",
     "Packets",
+    "PerfEvent",
     "PermissionDeniedError",
     "Program",
     "ProgramSpec",
+    "RawTracepoint",
     "RunResult",
+    "Tracepoint",
+    "Uprobe",
     "VerifierError",
     "attach",
     "bcc",

@@ -14,7 +14,7 @@ from errno import EPERM
 from typing import Any, Literal, NamedTuple, Protocol
 
 from kbpf.isa.ebpf import Instruction
-from kbpf.specs import Layout, MapSpec, ProgramSpec
+from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
 
 BackendName = Literal["kernel", "emulator"]
 #: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
@@ -246,6 +246,16 @@ class Backend(Protocol):
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         """The steps of such a run; EOPNOTSUPP on the kernel, which does not show them."""
+        ...
+
+    # Events.
+
+    def event_attach(self, program: int, source: EventSource, cookie: int = 0) -> int:
+        """Have a program run for an event, as long as the descriptor that this gives is open.
+
+        A raw tracepoint (BPF_RAW_TRACEPOINT_OPEN), or BPF_LINK_CREATE for what perf_event_open(2) gives. A uprobe's
+        offset is a number.
+        """
         ...
 
     # Pins and ids; `kind` says what is wanted, the kernel checks.

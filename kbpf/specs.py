@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kbpf.isa import cbpf, ebpf
 
@@ -167,6 +167,64 @@ class ProgramSpec:
         for name, number in (("flags", self.flags), ("expected_attach_type", attach_type)):
             if isinstance(number, int) and not 0 <= number < 1 << 32:
                 raise ValueError(f"{name} of a program has 32 bits, {number} does not fit")
+
+
+@dataclass(frozen=True)
+class Tracepoint:
+    """A tracepoint of the kernel, as tracefs lists it: ``Tracepoint("sched", "sched_switch")``.
+
+    For programs of type ``tracepoint`` (Linux 4.7), which get its record.
+    """
+
+    system: str
+    name: str
+
+
+@dataclass(frozen=True)
+class RawTracepoint:
+    """A tracepoint of the kernel by its name alone, whose program gets its arguments as they are.
+
+    For programs of type ``raw_tracepoint`` (Linux 4.17) and ``raw_tracepoint_writable`` (5.2).
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Uprobe:
+    """A place in a file of code, as it is run by a process `pid`, or by any.
+
+    `offset` is into the file, or a function's name; with `returns` the program runs when the function there returns.
+    For programs of type ``kprobe`` (uprobes as perf events: Linux 4.17).
+    """
+
+    path: str
+    offset: int | str
+    returns: bool = False
+    pid: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerfEvent:
+    """An event of perf_event_open(2), a program being run each `period` of it.
+
+    `type` and `config` are PERF_TYPE_* and what it counts; of a process `pid` on all processors, or of all processes on
+    one processor. For programs of type ``perf_event`` (Linux 4.9).
+    """
+
+    type: int
+    config: int
+    period: int
+    pid: int | None = None
+    cpu: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pid is None and self.cpu is None:
+            raise ValueError("a perf event is of a process, or on a processor")
+
+
+#: What programs are attached to that is no socket and no device.
+EventSource: TypeAlias = "Tracepoint | RawTracepoint | Uprobe | PerfEvent"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ The emulated network is for tests and for programs without privileges: `inject` 
 `add_interface` and `add_pair` make more of them, and ``KBPF_EMULATED_CAPTURE=FILE`` plays a capture. `environment` is
 the machine around the programs, as a test sets it; a `ManualClock` makes its time repeatable. `run_program` runs a
 program that Linux runs on events of its own, over a context and a `Sock` that a test makes. `current_task` is the
-thread that programs run in.
+thread that programs run in, `fire` makes an event happen that programs are attached to.
 """
 
+from kbpf.emulator.attached import fire
 from kbpf.emulator.cgroup import Cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
@@ -32,6 +33,7 @@ __all__ = [
     "current",
     "current_task",
     "environment",
+    "fire",
     "inject",
     "reset",
     "run_program",

@@ -26,6 +26,7 @@ from kbpf.backend import (
     refused_by_object,
 )
 from kbpf.emulator import maps, network, sockets, test_runs, trace
+from kbpf.emulator.attached import Attachment, attach
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
@@ -34,13 +35,13 @@ from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter, PerfReading
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
-from kbpf.specs import Layout, MapSpec, ProgramSpec
+from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
 
 FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
 
 
-Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter"
+Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment"
 
 
 class EmulatorBackend:
@@ -66,7 +67,7 @@ class EmulatorBackend:
             run_due()
         finally:
             del self._handles[fd]
-            if isinstance(handle, MapFile):
+            if isinstance(handle, (MapFile, Attachment)):
                 handle.closed()
 
     def duplicate(self, fd: int) -> int:
@@ -111,7 +112,7 @@ class EmulatorBackend:
     def _open(self, handle: Handle) -> int:
         fd = next(self._numbers)
         self._handles[fd] = handle
-        if isinstance(handle, MapFile):
+        if isinstance(handle, (MapFile, Attachment)):
             handle.opened()
         return fd
 
@@ -237,6 +238,11 @@ class EmulatorBackend:
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         return trace.trace(self.program(fd), data, context)
+
+    # Events.
+
+    def event_attach(self, program: int, source: EventSource, cookie: int = 0) -> int:
+        return self._open(attach(self.program(program), source, cookie))
 
     # Pins and ids.
 

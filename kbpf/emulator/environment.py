@@ -16,6 +16,7 @@ from kbpf.emulator.routes import Device, Route
 from kbpf.emulator.socket_table import SocketTable
 from kbpf.emulator.syncookies import SynCookies
 from kbpf.emulator.xfrm import XfrmState
+from kbpf.specs import Tracepoint
 
 if TYPE_CHECKING:
     from kbpf.emulator.task import Task
@@ -74,6 +75,9 @@ class Environment:
     tasks: dict[int, Task] = field(default_factory=dict)
     #: The last branches that the processor has taken, ``struct perf_branch_entry`` back to back.
     branches: bytes = b""
+    #: Formats of tracepoints as tracefs shows them, and how many arguments raw tracepoints have, beside the kernel's.
+    tracepoints: dict[Tracepoint, str] = field(default_factory=dict)
+    raw_tracepoints: dict[str, int] = field(default_factory=dict)
     #: Its memory, by address and size; None where there is none.
     user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
     #: The network namespace.

@@ -38,7 +38,7 @@ def member(layout: Struct, data: bytes | bytearray, name: str) -> int:
 class Attr:
     """The attributes of one command of bpf(2), named as bpftool would; after `issue` also what the kernel wrote."""
 
-    def __init__(self, name: str, **values: int | bytes) -> None:
+    def __init__(self, name: str, /, **values: int | bytes) -> None:
         self._command = COMMANDS[name]
         self._layout = ATTRS[name]
         self._data = pack(self._layout, values)
@@ -50,7 +50,7 @@ class Attr:
         return member(self._layout, self._data, name)
 
 
-def command(name: str, **values: int | bytes) -> int:
+def command(name: str, /, **values: int | bytes) -> int:
     """Issue a command of bpf(2) whose attributes nobody reads afterwards."""
     return Attr(name, **values).issue()
 

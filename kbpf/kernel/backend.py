@@ -14,9 +14,10 @@ from kbpf.kernel.maps import MapCommands
 from kbpf.kernel.objects import ObjectCommands
 from kbpf.kernel.programs import ProgramCommands
 from kbpf.kernel.sockets import SocketCalls
+from kbpf.kernel.tracing import TracingCommands
 
 
-class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls):
+class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls, TracingCommands):
     """`kbpf.backend.Backend` on the running kernel."""
 
     name: Literal["kernel"] = "kernel"

@@ -111,10 +111,10 @@ def bpf(command: int, attr: bytearray) -> int:
             raise failure(number)
 
 
-def perf_event_open(attr: bytes, cpu: int) -> int:
-    """perf_event_open(2) for all processes on one processor; the descriptor is close-on-exec."""
+def perf_event_open(attr: bytes, cpu: int, process: int = -1) -> int:
+    """perf_event_open(2), by default for all processes on one processor; the descriptor is close-on-exec."""
     close_on_exec = 8
-    result = int(_perf_event_open(_SYS_PERF_EVENT_OPEN, attr, -1, cpu, -1, close_on_exec))
+    result = int(_perf_event_open(_SYS_PERF_EVENT_OPEN, attr, process, cpu, -1, close_on_exec))
     if result < 0:
         raise _last_failure()
     return result

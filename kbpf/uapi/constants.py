@@ -209,6 +209,14 @@ CAP_SYSLOG = 34
 CAP_PERFMON = 38
 CAP_BPF = 39
 
+# Types of perf events, and what the kernel counts itself (linux/perf_event.h).
+PERF_TYPE_SOFTWARE = 1
+PERF_TYPE_TRACEPOINT = 2
+PERF_COUNT_SW_CPU_CLOCK = 0
+PERF_COUNT_SW_TASK_CLOCK = 1
+PERF_COUNT_SW_PAGE_FAULTS = 2
+PERF_COUNT_SW_CONTEXT_SWITCHES = 3
+
 # linux/bpf.h, where it uses #define.
 BPF_OBJ_NAME_LEN = 16
 BPF_TAG_SIZE = 8

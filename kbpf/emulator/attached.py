@@ -1,0 +1,157 @@
+"""Programs on events: what is attached to tracepoints, uprobes and perf events, and events that a test makes.
+
+    program.attach(Tracepoint("sched", "sched_switch"))
+    fire(Tracepoint("sched", "sched_switch"), {"prev_pid": 1, "next_pid": 2})
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kbpf.emulator import tracepoints
+from kbpf.emulator.environment import environment
+from kbpf.emulator.maps.base import refused
+from kbpf.emulator.program import Program
+from kbpf.emulator.tracing import Event
+from kbpf.specs import EventSource, PerfEvent, RawTracepoint, Tracepoint, Uprobe
+from kbpf.uapi.constants import PERF_TYPE_SOFTWARE
+
+#: BPF_TRACE_MAX_PROGS: programs on one tracepoint.
+_MOST_PROGRAMS = 64
+#: PERF_COUNT_SW_MAX.
+_SOFTWARE_EVENTS = 12
+
+
+class Attachment:
+    """A program on an event, until its last descriptor is closed."""
+
+    def __init__(self, program: Program, source: EventSource, cookie: int) -> None:
+        self.program = program
+        self.source = source
+        self.cookie = cookie
+        self._users = 0
+
+    def opened(self) -> None:
+        self._users += 1
+
+    def closed(self) -> None:
+        self._users -= 1
+        if not self._users:
+            ATTACHED.remove(self)
+
+
+#: In the order in which programs run.
+ATTACHED: list[Attachment] = []
+
+
+def attach(program: Program, source: EventSource, cookie: int) -> Attachment:
+    """Attach as Linux does; raises `OSError` with its errno."""
+    if isinstance(source, RawTracepoint):
+        _check_raw(program, source)
+    elif isinstance(source, Tracepoint):
+        _check_tracepoint(program, source)
+    elif isinstance(source, Uprobe):
+        _check_uprobe(source)
+        _check_type(program, "kprobe")
+    else:
+        _check_event(source)
+        _check_type(program, "perf_event")
+    attached = Attachment(program, source, cookie)
+    ATTACHED.append(attached)
+    return attached
+
+
+def _check_type(program: Program, *types: str) -> None:
+    if program.type not in types:
+        raise refused(errno.EINVAL)
+
+
+def _check_raw(program: Program, source: RawTracepoint) -> None:
+    _check_type(program, "raw_tracepoint", "raw_tracepoint_writable")
+    if program.context_end > 8 * tracepoints.argument_count(source):
+        raise refused(errno.EINVAL)
+
+
+def _check_tracepoint(program: Program, source: Tracepoint) -> None:
+    size = tracepoints.format_of(source).size
+    _check_type(program, "tracepoint")
+    if program.context_end > size:
+        raise refused(errno.EACCES)
+    there = [attached.program for attached in ATTACHED if attached.source == source]
+    if program in there:
+        raise refused(errno.EEXIST)
+    if len(there) == _MOST_PROGRAMS:
+        raise refused(errno.E2BIG)
+
+
+def _check_uprobe(source: Uprobe) -> None:
+    if not source.path:
+        raise refused(errno.EINVAL)
+    try:
+        file = os.stat(source.path)
+    except OSError as error:
+        raise refused(error.errno or errno.ENOENT) from None
+    if not stat.S_ISREG(file.st_mode) or source.offset > file.st_size:
+        raise refused(errno.EINVAL)
+    _check_process(source.pid)
+
+
+def _check_event(source: PerfEvent) -> None:
+    if source.type != PERF_TYPE_SOFTWARE or not 0 <= source.config < _SOFTWARE_EVENTS:
+        raise refused(errno.ENOENT)
+    if source.cpu is not None and not 0 <= source.cpu < environment.cpus:
+        raise refused(errno.EINVAL)
+    _check_process(source.pid)
+
+
+def _check_process(pid: int | None) -> None:
+    if pid is None or pid == environment.pid_tgid() >> 32:
+        return
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        raise refused(errno.ESRCH) from None
+
+
+def fire(
+    source: EventSource, context: Mapping[str, Any] | bytes | None = None, event: Event | None = None
+) -> tuple[int, ...]:
+    """Make an event happen; returns what the programs on it return, in the order in which they were attached.
+
+    `context` is for a tracepoint its fields by name, or the whole record; for the others what
+    `kbpf.emulator.run_program` takes. `event` is what programs can ask beside it, without the cookie, which is each
+    program's own. Programs of a process run if that is the one of `environment.pid_tgid`, and on a processor if that
+    is `environment.cpu`. Raises `OSError` (ENOENT) for a tracepoint whose format is not known, `ValueError` for fields
+    that are not there, `EmulationFault` for what a verifier would have refused.
+    """
+    from kbpf.emulator.events import run_event
+
+    if isinstance(source, Tracepoint) and not isinstance(context, bytes):
+        context = tracepoints.format_of(source).pack(context or {})
+    found = [attached for attached in ATTACHED if _happens(attached.source, source)]
+    return tuple(
+        run_event(attached.program, context, event=replace(event or Event(), cookie=attached.cookie)).value
+        for attached in found
+    )
+
+
+def _happens(attached: EventSource, source: EventSource) -> bool:
+    """Whether programs attached to the one run for the other."""
+    if isinstance(attached, Uprobe) and isinstance(source, Uprobe):
+        same = (attached.offset, attached.returns) == (source.offset, source.returns)
+        return same and _is_here(attached.pid) and os.path.samefile(attached.path, source.path)
+    if isinstance(attached, PerfEvent) and isinstance(source, PerfEvent):
+        same = (attached.type, attached.config) == (source.type, source.config)
+        return same and _is_here(attached.pid) and attached.cpu in (None, environment.cpu)
+    return attached == source
+
+
+def _is_here(pid: int | None) -> bool:
+    return pid is None or pid == environment.pid_tgid() >> 32

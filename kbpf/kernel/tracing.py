@@ -1,0 +1,76 @@
+"""Programs on events of the kernel: perf_event_open(2) and a link to it (Linux 5.15), raw tracepoints (4.17).
+
+Needs CAP_PERFMON. A tracepoint's number is read from tracefs, which must be mounted at its usual place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+
+from kbpf.kernel import syscall
+from kbpf.kernel.attrs import command
+from kbpf.specs import EventSource, PerfEvent, RawTracepoint, Tracepoint, Uprobe
+from kbpf.uapi.constants import PERF_TYPE_TRACEPOINT
+from kbpf.uapi.enums import ATTACH_TYPES
+
+#: struct perf_event_attr as of Linux 2.6.33: type, size, config, period, what is sampled and read, flags, when to wake
+#: up, a breakpoint's type, and two more words of configuration.
+_ATTR = struct.Struct("=IIQQQQQIIQQ")
+_TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+_UPROBES = Path("/sys/bus/event_source/devices/uprobe")
+
+
+class TracingCommands:
+    """The events' part of the backend."""
+
+    def event_attach(self, program: int, source: EventSource, cookie: int = 0) -> int:
+        if isinstance(source, RawTracepoint):
+            name = syscall.Buffer(source.name.encode() + b"\0")
+            return command("raw_tracepoint_open", name=name.address, prog_fd=program, cookie=cookie)
+        event = _open(source)
+        try:
+            # The link holds the event.
+            return command(
+                "link_create",
+                prog_fd=program,
+                target_fd=event,
+                attach_type=ATTACH_TYPES["perf_event"],
+                **{"perf_event.bpf_cookie": cookie},
+            )
+        finally:
+            os.close(event)
+
+
+def _open(source: Tracepoint | Uprobe | PerfEvent) -> int:
+    if isinstance(source, PerfEvent):
+        attr = _attr(source.type, source.config, period=source.period)
+        return syscall.perf_event_open(attr, -1 if source.cpu is None else source.cpu, _process(source.pid))
+    if isinstance(source, Uprobe):
+        path = syscall.Buffer(os.fsencode(source.path) + b"\0")
+        attr = _attr(_number(_UPROBES / "type"), int(source.returns), more=(path.address, source.offset))
+        # Whoever runs the code, wherever: one processor stands for all.
+        return syscall.perf_event_open(attr, 0 if source.pid is None else -1, _process(source.pid))
+    attr = _attr(PERF_TYPE_TRACEPOINT, _tracepoint_id(source))
+    return syscall.perf_event_open(attr, 0)
+
+
+def _attr(type: int, config: int, period: int = 0, more: tuple[int, int] = (0, 0)) -> bytes:
+    return _ATTR.pack(type, _ATTR.size, config, period, 0, 0, 0, 0, 0, *more)
+
+
+def _process(pid: int | None) -> int:
+    return -1 if pid is None else pid
+
+
+def _tracepoint_id(source: Tracepoint) -> int:
+    for root in _TRACEFS:
+        if (root / "events").is_dir():
+            return _number(root / "events" / source.system / source.name / "id")
+    raise OSError(errno.ENOENT, "tracefs is not mounted at /sys/kernel/tracing: mount -t tracefs nodev there")
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())
