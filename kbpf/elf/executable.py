@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kbpf.errors import ObjectError
 
 
@@ -11,16 +13,16 @@ def function_offset(path: str, name: str) -> int:
     from elftools.elf.elffile import ELFFile
     from elftools.elf.sections import SymbolTableSection
 
-    with open(path, "rb") as file:  # noqa: PTH123  # the path is whatever the kernel is given, "" too
+    with Path(path).open("rb") as file:
         try:
-            elf = ELFFile(file)  # type: ignore[no-untyped-call]
-            for section in elf.iter_sections():  # type: ignore[no-untyped-call]
+            elf = ELFFile(file)
+            for section in elf.iter_sections():
                 if not isinstance(section, SymbolTableSection):
                     continue
-                for symbol in section.get_symbol_by_name(name) or ():  # type: ignore[no-untyped-call]
+                for symbol in section.get_symbol_by_name(name) or ():
                     if symbol["st_info"]["type"] != "STT_FUNC" or symbol["st_shndx"] == "SHN_UNDEF":
                         continue
-                    for segment in elf.iter_segments("PT_LOAD"):  # type: ignore[no-untyped-call]
+                    for segment in elf.iter_segments("PT_LOAD"):
                         within = int(symbol["st_value"]) - int(segment["p_vaddr"])
                         if 0 <= within < segment["p_filesz"]:
                             return within + int(segment["p_offset"])

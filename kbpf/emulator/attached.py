@@ -1,7 +1,7 @@
 """Programs on events: what is attached to tracepoints, uprobes and perf events, and events that a test makes.
 
-    program.attach(Tracepoint("sched", "sched_switch"))
-    fire(Tracepoint("sched", "sched_switch"), {"prev_pid": 1, "next_pid": 2})
+program.attach(Tracepoint("sched", "sched_switch"))
+fire(Tracepoint("sched", "sched_switch"), {"prev_pid": 1, "next_pid": 2})
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kbpf.emulator import tracepoints
@@ -90,10 +91,11 @@ def _check_tracepoint(program: Program, source: Tracepoint) -> None:
 
 
 def _check_uprobe(source: Uprobe) -> None:
+    assert isinstance(source.offset, int)
     if not source.path:
         raise refused(errno.EINVAL)
     try:
-        file = os.stat(source.path)
+        file = Path(source.path).stat()
     except OSError as error:
         raise refused(error.errno or errno.ENOENT) from None
     if not stat.S_ISREG(file.st_mode) or source.offset > file.st_size:
@@ -146,7 +148,7 @@ def _happens(attached: EventSource, source: EventSource) -> bool:
     """Whether programs attached to the one run for the other."""
     if isinstance(attached, Uprobe) and isinstance(source, Uprobe):
         same = (attached.offset, attached.returns) == (source.offset, source.returns)
-        return same and _is_here(attached.pid) and os.path.samefile(attached.path, source.path)
+        return same and _is_here(attached.pid) and Path(attached.path).samefile(source.path)
     if isinstance(attached, PerfEvent) and isinstance(source, PerfEvent):
         same = (attached.type, attached.config) == (source.type, source.config)
         return same and _is_here(attached.pid) and attached.cpu in (None, environment.cpu)

@@ -197,7 +197,7 @@ class EmulatorBackend:
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         network.settle()
         found = self._handle(fd)
-        if isinstance(found, Program):
+        if isinstance(found, (Program, Attachment)):
             raise refused(errno.ENODEV)
         return found.memory(offset, size, writable)
 

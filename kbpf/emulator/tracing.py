@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kbpf.emulator.interpreter import Run
-from kbpf.emulator.memory import Region
+from kbpf.emulator.memory import CONTEXT, Region
+from kbpf.errors import EmulationFault
 from kbpf.uapi.structs import STRUCTS
 
 _PERF_DATA = STRUCTS["bpf_perf_event_data"]
@@ -107,6 +108,12 @@ class TracingContext:
 
     def store(self, offset: int, size: int, value: int) -> bool:
         return False
+
+    def read(self, offset: int, size: int) -> bytes:
+        """What bpf_probe_read_kernel finds there, whatever programs may load; faults beyond the end."""
+        if offset + size > len(self._given):
+            raise EmulationFault(f"read of {size} bytes out of bounds", address=CONTEXT << 32 | offset)
+        return self._given[offset : offset + size]
 
     def result(self) -> dict[str, Any]:
         """What a writable raw tracepoint's program may set."""

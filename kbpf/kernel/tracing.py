@@ -49,6 +49,7 @@ def _open(source: Tracepoint | Uprobe | PerfEvent) -> int:
         attr = _attr(source.type, source.config, period=source.period)
         return syscall.perf_event_open(attr, -1 if source.cpu is None else source.cpu, _process(source.pid))
     if isinstance(source, Uprobe):
+        assert isinstance(source.offset, int)
         path = syscall.Buffer(os.fsencode(source.path) + b"\0")
         attr = _attr(_number(_UPROBES / "type"), int(source.returns), more=(path.address, source.offset))
         # Whoever runs the code, wherever: one processor stands for all.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from kbpf.backend import Backend, Engine, TraceStep
 from kbpf.runtime.backends import select
@@ -14,7 +15,9 @@ from kbpf.runtime.resource import Resource
 from kbpf.specs import ProgramSpec
 
 if TYPE_CHECKING:
+    from kbpf.runtime.event_link import EventLink
     from kbpf.runtime.link import Link
+    from kbpf.specs import EventSource
 
 # The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
 _CONTEXTS = {
@@ -32,7 +35,8 @@ class RunResult(NamedTuple):
 
     value: int
     data: bytes
-    context: dict[str, Any]
+    #: Fields by name; bytes of a context that was given as bytes.
+    context: Any
     duration_ns: int
 
 
@@ -114,7 +118,7 @@ class Program(Resource):
     def run(
         self,
         data: bytes = b"",
-        context: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | Sequence[int] | bytes | None = None,
         repeat: int = 1,
         wirelen: int | None = None,
         *,
@@ -127,8 +131,11 @@ class Program(Resource):
         `data` is a whole frame with its Ethernet header: 14 to 3,712 bytes for programs over socket buffers, whose
         offset 0 is the byte after the header except for traffic control; up to 73,152 for XDP, with metadata before the
         frame where the context's ``data`` says so; up to 4,096 for flow dissectors, which give their keys as data; none
-        for socket lookups, which need a context. `context` sets fields of the program type's context by their uapi
-        names (``{"mark": 7}``); which may be set is the kernel's choice. `wirelen` sets ``wire_len``.
+        for socket lookups, which need a context, for raw tracepoints and `syscall` programs.
+
+        `context` sets fields of the program type's context by their uapi names (``{"mark": 7}``); which may be set is
+        the kernel's choice. `wirelen` sets ``wire_len``. For a raw tracepoint (5.10) it is up to twelve arguments, for
+        a `syscall` program (5.14) bytes, which it may change.
 
         `flags` are BPF_F_TEST_*: over socket buffers BPF_F_TEST_SKB_CHECKSUM_COMPLETE (6.11) has the packet summed up
         as by a network card, and EBADMSG says that the program has changed it without telling;
@@ -142,14 +149,17 @@ class Program(Resource):
             if not 0 <= given < 1 << 32:
                 raise ValueError(f"{option} has 32 bits, {given} does not fit")
         name = _CONTEXTS.get(self.type)
-        fields = dict(context or {})
         if wirelen is not None:
-            fields["wire_len"] = wirelen
-        raw = self._packed_context(fields)
+            if not isinstance(context or {}, Mapping):
+                raise TypeError("wirelen is for a context that is given by its fields")
+            context = {**(context or {}), "wire_len": wirelen}  # type: ignore[dict-item]  # a mapping, as just checked
+        raw = self._packed_context(context)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
             done = self._backend.program_run(
                 self.fileno(), bytes(memoryview(data)), raw, repeat, flags, cpu, batch_size
             )
+        if isinstance(context, bytes):
+            return RunResult(done.value, done.data, done.context, done.duration_ns)
         after = unpack_context(name, done.context) if name and done.context else {}
         return RunResult(done.value, done.data, after, done.duration_ns)
 
@@ -159,23 +169,43 @@ class Program(Resource):
         The emulator's alone: raises `NotSupportedError` for a program in the kernel. A run that faults gives the steps
         until then and raises `EmulationFault`. What helpers touch is not shown, nor programs behind tail calls.
         """
-        raw = self._packed_context(context or {})
+        raw = self._packed_context(context)
         with doing(self._backend, f"trace {self.label}", operation="prog_test_run", program_type=self.type):
             return self._backend.program_trace(self.fileno(), bytes(memoryview(data)), raw)
 
-    def _packed_context(self, fields: Mapping[str, Any]) -> bytes:
+    def _packed_context(self, given: Mapping[str, Any] | Sequence[int] | bytes | None) -> bytes:
         """The context for a test run; socket buffers always get one, so that what is written there comes out."""
-        name = _CONTEXTS.get(self.type)
+        if isinstance(given, bytes):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            if self.type != "raw_tracepoint":
+                raise TypeError(f"a {self.type} program has no arguments: its context is fields by name")
+            return struct.pack(f"={len(given)}Q", *(argument & (1 << 64) - 1 for argument in given))
+        name, fields = _CONTEXTS.get(self.type), given or {}
+        if name is None and fields:
+            raise ValueError(f"the context of a {self.type} program has no fields by name")
         return b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
 
-    def attach(self, target: Any, *, drain: bool | None = None) -> Link:
-        """Attach to a socket with SO_ATTACH_BPF (Linux 3.19); see `kbpf.attach`.
+    @overload
+    def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
 
-        For programs of type ``socket_filter``. Attaching to an emulated socket needs an emulated program, and the
-        other way round.
+    @overload
+    def attach(self, target: Any, *, drain: bool | None = None) -> Link: ...
+
+    def attach(self, target: Any, *, drain: bool | None = None, cookie: int = 0) -> Link | EventLink:
+        """Attach to a socket with SO_ATTACH_BPF (Linux 3.19), see `kbpf.attach`; or to an event of the kernel.
+
+        To sockets for programs of type ``socket_filter``. Attaching to an emulated socket needs an emulated program,
+        and the other way round.
+
+        Events are `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the program gets from
+        bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
         """
         from kbpf.runtime.attach import attach
+        from kbpf.runtime.event_link import attach_event, is_source
 
+        if is_source(target):
+            return attach_event(self, target, cookie)
         return attach(target, self, drain=drain)
 
     def pin(self, path: str) -> None:

@@ -6,7 +6,8 @@ import errno
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import HelperFunction, Run
-from kbpf.emulator.memory import FIRST_SHARED, M32, M64, REGIONS
+from kbpf.emulator.memory import CONTEXT, FIRST_SHARED, M32, M64, REGIONS
+from kbpf.emulator.tracing import TracingContext
 from kbpf.errors import EmulationFault
 
 _NANOSECONDS = 1_000_000_000
@@ -64,12 +65,19 @@ def no_kernel_memory(address: int) -> int:
     return errno.EFAULT if address >> _USER_BITS or 0 < number < FIRST_SHARED or number in REGIONS else errno.ERANGE
 
 
+def _kernel_memory(run: Run, address: int, size: int) -> bytes:
+    """A tracing program's context is memory of the kernel's, where others' are made up as they are read."""
+    if (address & M64) >> 32 == CONTEXT and isinstance(run.context, TracingContext):
+        return run.context.read(address & M32, size)
+    return run.read(address, size)
+
+
 def probe_read_kernel(run: Run, to: int, size: int, address: int, *_: int) -> int:
     """Of the kernel's memory a program's own regions are there."""
     size &= M32
     run.check_writable(to, size)
     try:
-        return _probe(run, to, size, run.read(address, size))
+        return _probe(run, to, size, _kernel_memory(run, address, size))
     except EmulationFault:
         return _probe(run, to, size, None, no_kernel_memory(address))
 
@@ -86,8 +94,8 @@ def probe_read_kernel_str(run: Run, to: int, size: int, address: int, *_: int) -
     run.check_writable(to, size)
     out = bytearray()
     try:
-        while len(out) < size and (byte := run.load(address + len(out), 1)):
-            out.append(byte)
+        while len(out) < size and (byte := _kernel_memory(run, address + len(out), 1)) != b"\0":
+            out += byte
     except EmulationFault:
         return _probe(run, to, size, None, no_kernel_memory(address))
     return _text(run, to, size, out)
