@@ -273,6 +273,7 @@ class EmulatorBackend:
 
     def unpin(self, path: str) -> None:
         """What unlink(2) does on the BPF file system."""
+        run_due()
         found = self._pins.pop(path, None)
         if found is None:
             raise refused(errno.ENOENT)

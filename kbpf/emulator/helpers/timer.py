@@ -1,7 +1,8 @@
 """Timers in map values (Linux 5.15): bpf_timer_init, _set_callback, _start and _cancel (kernel/bpf/helpers.c).
 
 What is due runs when the user looks or the clock is moved (`kbpf.emulator.clock`), on the processor that the timer was
-started on. A timer keeps its program, and goes with its value or when user space no longer holds the map.
+started on; a fault of a callback is raised there. A timer keeps its program, and goes with its value or when user
+space no longer holds the map.
 """
 
 from __future__ import annotations
