@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from kbpf.emulator import cgroup_sock, sk_reuseport, sock_addr, sock_ops, tracing
+from kbpf.emulator import cgroup_machine, cgroup_sock, cgroup_sockopt, sk_reuseport, sock_addr, sock_ops, tracing
 from kbpf.emulator.backend import emulator_backend
 from kbpf.emulator.interpreter import Context, Run
 from kbpf.emulator.packet import Packet
@@ -42,6 +42,9 @@ class EventContext(Context, Protocol):
 Maker: TypeAlias = "Callable[[Program, Mapping[str, Any], Sock | None, Packet], EventContext]"
 #: By program type.
 MAKERS: dict[str, Maker] = {
+    "cgroup_device": cgroup_machine.make_device,
+    "cgroup_sysctl": cgroup_machine.make_sysctl,
+    "cgroup_sockopt": cgroup_sockopt.make,
     "cgroup_sock": cgroup_sock.make,
     "cgroup_sock_addr": sock_addr.make,
     "sock_ops": sock_ops.make,
@@ -96,6 +99,9 @@ def run_program(
     * ``cgroup_sock_addr``: ``user_family``, ``user_port``, and of ``user_ip4``, ``user_ip6``, ``msg_src_ip4`` and
       ``msg_src_ip6`` those that there are where the program expects to be attached, in network order;
     * ``sock_ops``: ``op``, ``args``, ``is_fullsock``, ``skb_hwtstamp``;
+    * ``cgroup_device``: all;
+    * ``cgroup_sysctl``: all, and ``name``, ``current_value`` and ``new_value``, which helpers give: text and bytes;
+    * ``cgroup_sockopt``: ``level``, ``optname``, ``optlen``, ``retval``, and the bytes of ``optval``;
     * ``sk_reuseport``: ``hash``, ``bind_inany``;
     * ``tracepoint``: bytes, the record with its header, whose first eight bytes programs do not see;
     * ``raw_tracepoint``: ``args``, at most twelve; also ``raw_tracepoint_writable``, where ``buffer`` is what the first

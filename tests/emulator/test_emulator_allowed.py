@@ -22,6 +22,9 @@ ATTACHED = {
     "cgroup_sock": ("cgroup_inet_sock_create", "cgroup_inet4_post_bind"),
     "cgroup_sock_addr": ("cgroup_inet4_bind", "cgroup_inet6_connect", "cgroup_udp4_recvmsg", "cgroup_unix_sendmsg"),
     "sock_ops": ("cgroup_inet_ingress", "cgroup_sock_ops", "xdp"),
+    "cgroup_device": ("cgroup_inet_ingress", "cgroup_device"),
+    "cgroup_sysctl": ("cgroup_inet_ingress", "cgroup_sysctl"),
+    "cgroup_sockopt": ("cgroup_getsockopt", "cgroup_setsockopt"),
     "sk_reuseport": ("sk_reuseport_select",),
 }
 PAIRS = [(type, attach_type) for type, types in ATTACHED.items() for attach_type in types]

@@ -21,10 +21,13 @@ STRUCTURES = {
     "cgroup_sock": "bpf_sock",
     "cgroup_sock_addr": "bpf_sock_addr",
     "sock_ops": "bpf_sock_ops",
+    "cgroup_device": "bpf_cgroup_dev_ctx",
+    "cgroup_sysctl": "bpf_sysctl",
+    "cgroup_sockopt": "bpf_sockopt",
     "sk_reuseport": "sk_reuseport_md",
 }
 CASES = [
-    (type, number) for type in STRUCTURES for number in sorted(EXPECTED.get(type, {ATTACH_TYPES["cgroup_sock_ops"]}))
+    (type, number) for type in STRUCTURES for number in sorted(EXPECTED.get(type, {ATTACH_TYPES["cgroup_device"]}))
 ]
 SIZES = {ebpf.B: 1, ebpf.H: 2, ebpf.W: 4, ebpf.DW: 8}
 

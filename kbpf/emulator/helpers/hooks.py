@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 
+from kbpf.emulator.cgroup_machine import DeviceAccess, SysctlAccess
 from kbpf.emulator.cgroup_sock import SockContext
+from kbpf.emulator.cgroup_sockopt import SockoptContext
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.helpers.references import sock_at
@@ -21,20 +23,25 @@ from kbpf.errors import EmulationFault
 from kbpf.uapi.constants import BPF_F_INDEX_MASK
 
 
-def _context(run: Run) -> SockContext | SockAddr | SockOps:
+def _context(run: Run) -> SockContext | SockAddr | SockOps | SockoptContext:
     context = run.context
-    if not isinstance(context, (SockContext, SockAddr, SockOps)):
-        raise EmulationFault("the program runs in no hook of a control group")
+    if not isinstance(context, (SockContext, SockAddr, SockOps, SockoptContext)):
+        raise EmulationFault("the program runs in no hook of a socket")
     return context
 
 
+def _returning(run: Run) -> SockContext | SockAddr | SockOps | SockoptContext | DeviceAccess | SysctlAccess:
+    context = run.context
+    return context if isinstance(context, (DeviceAccess, SysctlAccess)) else _context(run)
+
+
 def get_retval(run: Run, *_: int) -> int:
-    return _context(run).retval
+    return _returning(run).retval
 
 
 def set_retval(run: Run, value: int, *_: int) -> int:
     value &= M32
-    _context(run).retval = value - (value >> 31 << 32)
+    _returning(run).retval = value - (value >> 31 << 32)
     return 0
 
 

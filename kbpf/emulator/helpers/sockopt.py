@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from kbpf.emulator import socket_options
+from kbpf.emulator.cgroup_sockopt import SockoptContext
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32
@@ -16,9 +17,12 @@ from kbpf.uapi import constants as uapi
 _SYN = (uapi.TCP_BPF_SYN, uapi.TCP_BPF_SYN_IP, uapi.TCP_BPF_SYN_MAC)
 
 
-def _context(run: Run, address: int) -> SockAddr | SockOps:
-    check_context(address)
+def _context(run: Run, address: int) -> SockAddr | SockOps | SockoptContext:
+    """What the address stands for: cgroup_sockopt programs give their socket's."""
     context = run.context
+    if isinstance(context, SockoptContext) and address == context.sock.address:
+        return context
+    check_context(address)
     if not isinstance(context, (SockAddr, SockOps)):
         raise EmulationFault("the program's context has no socket options")
     return context
