@@ -71,6 +71,8 @@ class Environment:
     cgroup_classid: int = 0
     #: Signals that programs have sent to it.
     signals: list[int] = field(default_factory=list)
+    #: Its memory, by address and size; None where there is none.
+    user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
     #: Threads by id, see `kbpf.emulator.current_task`.
     tasks: dict[int, Task] = field(default_factory=dict)
     #: The last branches that the processor has taken, ``struct perf_branch_entry`` back to back.
@@ -78,8 +80,6 @@ class Environment:
     #: Formats of tracepoints as tracefs shows them, and how many arguments raw tracepoints have, beside the kernel's.
     tracepoints: dict[Tracepoint, str] = field(default_factory=dict)
     raw_tracepoints: dict[str, int] = field(default_factory=dict)
-    #: Its memory, by address and size; None where there is none.
-    user_memory: Callable[[int, int], bytes | None] = lambda address, size: None
     #: The network namespace.
     netns_cookie: int = 1
     #: The realm of a packet's route.

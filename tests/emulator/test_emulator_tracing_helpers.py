@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from mapcode import Code, call, copy, described, function_address, get, link_functions, mov, put, stack
+from mapcode import Code, call, copy, described, function_address, get, link_functions, made, mov, put, stack
 from sides import FRAME, Side
 
 from kbpf.emulator import Area, Event, environment
@@ -78,9 +80,10 @@ def answers(
     answer = side.backend.map_create(MapSpec(name="a", type="array", key_size=4, value_size=ROOM, max_entries=1))
     side.backend.map_update(answer, bytes(4), b"\xaa" * ROOM)
     code = program(calls, len(maps))
-    fd = side.backend.program_load(ProgramSpec(type=type, instructions=tuple(code)), [*maps, answer])
+    flags = uapi.BPF_F_SLEEPABLE if type == "syscall" else 0
+    fd = side.backend.program_load(ProgramSpec(type=type, instructions=tuple(code), flags=flags), [*maps, answer])
     try:
-        side.backend.program_run(fd, FRAME if type != "raw_tracepoint" else b"", b"")
+        side.backend.program_run(fd, b"" if type in ("raw_tracepoint", "syscall") else FRAME, b"")
         found = side.backend.map_lookup(answer, bytes(4), ROOM)
     finally:
         side.backend.close(fd)
@@ -363,8 +366,6 @@ def test_the_function_is_for_probes_alone(kernel: Side, emulator: Side) -> None:
 
 
 def test_what_user_space_has_is_read(kernel: Side, emulator: Side) -> None:
-    import ctypes
-
     text = ctypes.create_string_buffer(b"the user's text")
     start = ctypes.addressof(text)
     names = ("probe_read", "probe_read_user", "probe_read_str", "probe_read_user_str")
@@ -377,6 +378,54 @@ def test_what_user_space_has_is_read(kernel: Side, emulator: Side) -> None:
         assert answers(emulator, calls) == answers(kernel, calls)
     finally:
         environment.user_memory = before
+
+
+def test_sleepable_programs_copy_from_user_space(kernel: Side, emulator: Side) -> None:
+    text = ctypes.create_string_buffer(b"the user's text")
+    start = ctypes.addressof(text)
+    calls: list[Call] = [("copy_from_user", (at(16 * number), size, start)) for number, size in enumerate((0, 4, 16))]
+    calls += [("copy_from_user", (at(64), 16, 0x1000)), ("copy_from_user", (at(80), 0, 0x1000))]
+    calls += [
+        ("copy_from_user_task", (at(96 + 16 * number), size, address, "task", flags))
+        for number, (size, address, flags) in enumerate(
+            ((16, start, 0), (16, start, 1), (16, 0x1000, 0), (0, 0x1000, 0), (0, 0x1000, 1))
+        )
+    ]
+    calls += [("probe_read", (at(200), 16, start)), ("get_stack", ("context", at(224), 60, 0))]
+    before = environment.user_memory
+    environment.user_memory = lambda address, size: ctypes.string_at(address, size) if address >= start else None
+    try:
+        assert answers(emulator, calls, type="syscall") == answers(kernel, calls, type="syscall")
+    finally:
+        environment.user_memory = before
+
+
+@pytest.mark.parametrize("size", [1, 8, 13])
+def test_samples_have_no_packet_behind_them(kernel: Side, emulator: Side, size: int) -> None:
+    """From processor 0: to its own buffer, with what would be a packet's length, to no slot, and to an empty one."""
+    flags = (0, 1 << 32, 5 << 32, 1 << 52, 99, 1)
+    calls: list[Call] = [("perf_event_output", ("context", ("map", "0"), flag, at(0), size)) for flag in flags]
+    found = []
+    for side in (kernel, emulator):
+        slots = side.backend.possible_cpus()
+        wanted = MapSpec(name="e", type="perf_event_array", key_size=4, value_size=4, max_entries=slots)
+        answer = MapSpec(name="a", type="array", key_size=4, value_size=ROOM, max_entries=1)
+        with made(side, wanted, answer) as maps:
+            buffer = side.backend.perf_buffer(0)
+            memory = side.backend.map_memory(buffer, 9 * mmap.PAGESIZE, writable=True)
+            side.backend.map_update(maps[0], bytes(4), struct.pack("=I", buffer))
+            side.backend.map_update(maps[1], bytes(4), b"\xaa" * ROOM)
+            spec = ProgramSpec(type="raw_tracepoint", instructions=tuple(program(calls, 1)))
+            fd = side.backend.program_load(spec, maps)
+            side.backend.program_run(fd, b"", b"", flags=uapi.BPF_F_TEST_RUN_ON_CPU, cpu=0)
+            value = side.backend.map_lookup(maps[1], bytes(4), ROOM)
+            record = bytes(memory[mmap.PAGESIZE : mmap.PAGESIZE + 12 + size])
+            found.append((struct.unpack_from(f"={len(calls)}q", value, RESULTS), record))
+            memory.release()
+            side.backend.close(fd)
+            side.backend.close(buffer)
+    assert found[0] == found[1]
+    assert found[0][0][:2] == (0, -errno.EINVAL)
 
 
 # What no test run reaches on the kernel: events that a test makes.

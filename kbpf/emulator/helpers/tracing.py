@@ -13,6 +13,7 @@ from kbpf.emulator import stacks
 from kbpf.emulator.environment import environment
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.output import perf_event_output
+from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.helpers.system import probe_read_kernel, probe_read_kernel_str, probe_read_user, probe_read_user_str
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, HelperFunction, Run
 from kbpf.emulator.maps.stack_trace import StackTrace
@@ -67,7 +68,7 @@ def _stack(run: Run, task: Task, to: int, size: int, flags: int, named: bool) ->
 
 
 def get_stack(run: Run, context: int, to: int, size: int, flags: int, _: int) -> int:
-    event_at(run, context)
+    check_context(context)
     return _stack(run, current_task(), to, size, flags, named=False)
 
 
@@ -76,7 +77,7 @@ def get_task_stack(run: Run, task: int, to: int, size: int, flags: int, _: int) 
 
 
 def get_stackid(run: Run, context: int, map: int, flags: int, *_: int) -> int:
-    event_at(run, context)
+    check_context(context)
     found = map_at(run, map)
     if not isinstance(found, StackTrace):
         raise EmulationFault(f"a {found.type} map holds no stacks")
@@ -197,5 +198,5 @@ OF_TYPE: dict[str, dict[str, HelperFunction]] = {
         "perf_prog_read_value": perf_prog_read_value,
         "read_branch_records": read_branch_records,
     },
-    "syscall": {"probe_read": probe_read, "probe_read_str": probe_read_str},
+    "syscall": {name: _OF_TRACING[name] for name in ("get_stack", "probe_read", "probe_read_str")},
 }
