@@ -28,16 +28,18 @@ from kbpf.uapi.constants import (
     SO_COOKIE,
     SO_DOMAIN,
     SO_MARK,
+    SO_NETNS_COOKIE,
     SO_PRIORITY,
     SO_PROTOCOL,
     SO_REUSEPORT,
     SO_TYPE,
+    SOL_SOCKET,
 )
 
 _COOKIE = struct.Struct("=Q")
 #: By the socket's inode: sockets that a `Sock` is kept for.
 _SOCKS: WeakValueDictionary[int, Sock] = WeakValueDictionary()
-#: By what they share: protocol, family, address, port and device.
+#: By what they share: namespace, protocol, family, address, port and device.
 _GROUPS: WeakValueDictionary[Hashable, ReuseportGroup] = WeakValueDictionary()
 
 
@@ -75,17 +77,22 @@ class _ProcessSock(Sock):
             )
             # Python's own takes no buffers for AF_VSOCK, whose cookie is then of the emulator's.
             if self.family != socket.AF_VSOCK:
-                self.cookie = _COOKIE.unpack(opened.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
+                self.cookie = _COOKIE.unpack(opened.getsockopt(SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
 
     def look(self) -> bool:
+        if self.is_open():
+            with socket.socket(fileno=os.dup(self.descriptor)) as opened:
+                _look(self, opened)
+        return not self.closed
+
+    def is_open(self) -> bool:
         """A socket is only to be asked by a descriptor, so that it is gone when there is none."""
         if not self.closed and not _is_socket(self.descriptor, self.inode):
             numbers = (int(entry.name) for entry in Path("/proc/self/fd").iterdir())
             found = next((number for number in numbers if _is_socket(number, self.inode)), None)
             self.closed, self.descriptor = found is None, -1 if found is None else found
-        if not self.closed:
-            with socket.socket(fileno=os.dup(self.descriptor)) as opened:
-                _look(self, opened)
+            if self.closed and self.reuseport is not None:
+                self.reuseport.remove(self)
         return not self.closed
 
 
@@ -98,7 +105,7 @@ def _is_socket(descriptor: int, inode: int) -> bool:
 
 
 def _option(opened: socket.socket, option: int) -> int:
-    return opened.getsockopt(socket.SOL_SOCKET, option)
+    return opened.getsockopt(SOL_SOCKET, option)
 
 
 def _look(sock: Sock, opened: socket.socket) -> None:
@@ -116,7 +123,7 @@ def _look(sock: Sock, opened: socket.socket) -> None:
         if sock.family == socket.AF_INET6:
             sock.v6only = bool(opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
     sock.state = _state(sock, opened, peer is not None)
-    _join(sock, bool(_option(opened, SO_REUSEPORT)))
+    _join(sock, bool(_option(opened, SO_REUSEPORT)), opened.getsockopt(SOL_SOCKET, SO_NETNS_COOKIE, _COOKIE.size))
 
 
 def _peer(opened: socket.socket) -> tuple[str, int] | None:
@@ -140,7 +147,7 @@ def _state(sock: Sock, opened: socket.socket, connected: bool) -> int:
     return BPF_TCP_LISTEN if _option(opened, SO_ACCEPTCONN) else BPF_TCP_CLOSE
 
 
-def _join(sock: Sock, shares: bool) -> None:
+def _join(sock: Sock, shares: bool, namespace: bytes) -> None:
     """Put the socket into the group that it shares its port with, which it leaves when it is connected."""
     waits = sock.state == (BPF_TCP_LISTEN if sock.protocol == socket.IPPROTO_TCP else BPF_TCP_CLOSE)
     joins = shares and waits and sock.local_port > 0 and sock.family in (socket.AF_INET, socket.AF_INET6)
@@ -149,5 +156,10 @@ def _join(sock: Sock, shares: bool) -> None:
         if sock.reuseport is not None and not waits:
             sock.reuseport.remove(sock)
     elif sock.reuseport is None:
-        shared = sock.protocol, sock.family, sock.local, sock.local_port, sock.bound_dev_if
-        _GROUPS.setdefault(shared, ReuseportGroup()).add(sock)
+        shared = namespace, sock.protocol, sock.family, sock.local, sock.local_port, sock.bound_dev_if
+        group = _GROUPS.setdefault(shared, ReuseportGroup())
+        for other in list(group.socks):
+            # Those that are gone leave.
+            assert isinstance(other, _ProcessSock)
+            other.is_open()
+        group.add(sock)

@@ -38,7 +38,7 @@ class ReuseportGroup:
     socks: list[Sock] = field(default_factory=list)
     #: The program of the group.
     selector: Selector | None = None
-    #: Whether one of them has ever been connected.
+    #: Whether one of them has ever been connected; it is no longer among them (`udp_lib_rehash` detaches it).
     has_conns: bool = False
     #: When one of them last answered a connection with a SYN cookie, by `environment.clock`.
     syn_cookie_sent: int | None = None

@@ -20,6 +20,7 @@ from kbpf.errors import EmulationFault
 from kbpf.isa import cbpf
 from kbpf.testing.network import NetworkNamespace
 from kbpf.uapi.constants import BPF_TCP_NEW_SYN_RECV, BPF_TCP_TIME_WAIT
+from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
 
@@ -254,3 +255,29 @@ def test_a_socket_is_released_once(
         pass
     with looker(emulator, program, here) as look, pytest.raises(EmulationFault, match=fault):
         look(tuple_of("127.0.0.1", 9, "127.0.0.1", 53))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_socket_of_the_group_is_found(
+    kernel: Side, emulator: Side, namespace: NetworkNamespace, scene: Scene, seed: int
+) -> None:
+    """Which one of it, Linux leaves to a secret hash."""
+    rng, ports = Random(seed), (5001, 5002)
+    groups: dict[int, object] = {}
+    for _ in range(10):
+        opened = scene.socket(*rng.choice(((socket.AF_INET, 2), (socket.AF_INET6, 2))))
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if rng.random() < 0.3:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        anywhere = "0.0.0.0" if opened.family == socket.AF_INET else "::"
+        own = ADDRESSES4[0] if opened.family == socket.AF_INET else ADDRESSES6[0]
+        opened.bind((rng.choice((anywhere, own)), rng.choice(ports)))
+        sock = scene.listed(opened)
+        groups[sock.mark] = sock.reuseport
+    mark = 1 + STRUCTS["bpf_sock"].fields["mark"].offset // 4
+    for size in (12, 36):
+        with lookers(kernel, emulator, namespace, looks_up("sk_lookup_udp", size, WORDS)) as (one, other):
+            for question in questions(rng, 60, ports):
+                if len(question) == size:
+                    truth, got = one(question), other(question)
+                    assert (got[0], groups.get(got[mark])) == (truth[0], groups.get(truth[mark])), question.hex()
