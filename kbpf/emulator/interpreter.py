@@ -219,6 +219,8 @@ class Run(Space):
     def leave(self) -> int:
         """End a frame; returns where to go on."""
         if not self.frames:
+            if self.lock or self.held:
+                raise EmulationFault("the program ends with a lock, a socket or a reserved record in its hands")
             return ENDED
         state = self.state
         after, code, self.base, *state[6:10] = self.frames.pop()
@@ -264,8 +266,6 @@ class Run(Space):
         try:
             if frames:
                 self._go(start, 0)
-                if self.lock or self.held:
-                    raise EmulationFault("the program ends with a lock, a socket or a reserved record in its hands")
             else:
                 self._take(0)
             return int(state[0]) & M32
@@ -323,6 +323,11 @@ def link(
         or (opcode == ebpf.LD_IMM64 and src == ebpf.PSEUDO_FUNC)
     )
     end = len(instructions)
+    plain = all(
+        opcode & 7 in (ebpf.LD, ebpf.ALU, ebpf.ALU64, ebpf.JMP, ebpf.JMP32) and opcode != ebpf.JMP | ebpf.CALL
+        for opcode, *_ in instructions
+    )
+    exit = _end if plain and not functions else _exit
     steps: list[Step] = []
     for pc, instruction in enumerate(instructions):
         opcode, dst, src, off, imm = instruction
@@ -330,7 +335,7 @@ def link(
             value = constants.get(pc, imm & M32 | (instructions[pc + 1].imm & M32) << 32)
             steps.append(_constant(dst, value, pc + 2))
         elif opcode == ebpf.JMP | ebpf.EXIT:
-            steps.append(_exit if functions else _end)
+            steps.append(exit)
         elif opcode == ebpf.JMP | ebpf.CALL:
             if src == ebpf.PSEUDO_CALL:
                 steps.append(_call(pc + 1, pc + 1 + imm))
@@ -350,11 +355,7 @@ def link(
             wide = kind in (ebpf.ALU64, ebpf.JMP, ebpf.ST)
             steps.append(make(dst, src, off, imm & (M64 if wide else M32), pc + 1, pc + 1 + jump, end))
     # Where a packet load goes that finds nothing.
-    steps.append(_exit if functions else _end)
-    plain = all(
-        opcode & 7 in (ebpf.LD, ebpf.ALU, ebpf.ALU64, ebpf.JMP, ebpf.JMP32) and opcode != ebpf.JMP | ebpf.CALL
-        for opcode, *_ in instructions
-    )
+    steps.append(exit)
     linked = Linked(instructions, constants, helpers, tail_target, ancillary)
     return Code(steps, functions, ebpf.MAX_CALL_FRAMES if functions else int(not plain), linked)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kbpf.emulator import maps
+from kbpf.emulator import helpers, maps
 from kbpf.emulator.classic import ClassicProgram
 from kbpf.emulator.interpreter import SWITCHED, TAIL_CALL_HELPER
 from kbpf.emulator.memory import CONTEXT, FLOW_KEYS, PACKET, STACK
@@ -20,7 +20,7 @@ from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.isa import cbpf, ebpf
 from kbpf.specs import ProgramSpec
-from kbpf.testing import compared_elsewhere, generate_direct
+from kbpf.testing import compared_elsewhere, generate_direct, generate_wild
 from kbpf.testing.generate_calls import HELPER_ITEMS
 from kbpf.testing.generate_ebpf import MAP_TYPES
 from kbpf.testing.generate_items import ATOMIC_OPERATIONS
@@ -141,6 +141,31 @@ def count_direct(counts: Counter[str], watch: Watch) -> None:
     count_ebpf(found, watch)
     for name, times in found.items():
         counts[f"{watch.program.type} {name}" if name.startswith("call ") else name] += times
+
+
+def count_wild(counts: Counter[str], watch: Watch, fault: int | None) -> None:
+    """Add what one program ran, with the instruction where it went wrong: opcodes, and helpers by type.
+
+    Raises `AssertionError` if it ran longer than its budget is.
+    """
+    instructions = watch.program.spec.instructions
+    if watch.ways.total() > watch.program.budget + len(watch.program.code.steps):
+        raise AssertionError("the program ran on after its budget was used up")
+    ran = [(pc, times) for (pc, _), times in watch.ways.items()] + ([] if fault is None else [(fault, 1)])
+    for pc, times in ran:
+        if pc < len(instructions):
+            opcode, _, src, _, imm = instructions[pc]
+            counts[f"opcode {opcode:#04x}"] += times
+            if opcode == ebpf.JMP | ebpf.CALL and not src:
+                counts[f"{watch.program.type} call {_HELPER_NAMES[imm]}"] += times
+
+
+def required_wild() -> set[str]:
+    """What a full run must have run: each opcode, each helper by each type that has it, and all ways to end."""
+    need = {f"opcode {code:#04x}" for code in (*generate_wild.OPCODES, ebpf.JMP | ebpf.CALL, ebpf.JMP | ebpf.EXIT)}
+    need |= {f"opcode {ebpf.STX | ebpf.ATOMIC | size:#04x}" for size in _SIZES}
+    need |= {f"ended in {way}" for way in ("value", "fault", "errno")}
+    return need | {f"{type} call {name}" for type in helpers.ALLOWED for name in generate_direct.reachable(type)}
 
 
 def _ebpf_names(spec: ProgramSpec, pc: int, next: int) -> Iterator[str]:

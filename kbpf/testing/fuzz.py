@@ -1,12 +1,15 @@
 """Run random programs on the kernel and in the emulator, and say where they differ: ``python -m kbpf.testing.fuzz``.
 
-Three kinds: ``cbpf``, classic filters on live sockets; ``ebpf``, socket filters over all instructions
+Three kinds compare: ``cbpf``, classic filters on live sockets; ``ebpf``, socket filters over all instructions
 (`generate_ebpf`); ``direct``, every type of program that has a test run, over all helpers, maps and the packet
-(`generate_direct`). ``all`` shares the count out among them (`SHARES`).
+(`generate_direct`). ``all`` shares the count out among them (`SHARES`). The fourth is ``wild``: programs that no
+verifier has accepted (`generate_wild`), which the emulator must end; there is nothing to compare, and what goes wrong
+is an exception or the end of a process.
 
-Needs root (bpf(2), and network namespaces, in which all traffic stays). Case N of a seed is the same program and
-packets everywhere. A run begins with case ``--from`` and goes on until the kernel has accepted ``--count`` programs, so
-a long one can be cut into parts: ``all --count 100000 --from 200000`` is the third of ten that make a million.
+Those that compare need root (bpf(2), and network namespaces, in which all traffic stays). Case N of a seed is the same
+program and packets everywhere. A run begins with case ``--from`` and goes on until ``--count`` programs were accepted
+by the kernel (of wild ones, loaded by the emulator), so a long one can be cut into parts: ``all --count 100000 --from
+200000`` is the third of ten that make a million.
 
 What differs is made small and printed as a test. The exit status is 1 if something differs, or if a run of at least
 `FULL` programs of a kind left out something that it should cover (`kbpf.testing.coverage`).
@@ -19,6 +22,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -28,16 +32,18 @@ from multiprocessing import get_context
 from random import Random
 from typing import Any, Protocol
 
-from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf
+from kbpf.backend import LoadRefused
+from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf, wild
 from kbpf.testing.differ import ClassicCase, ClassicOutcome, EbpfOutcome
 from kbpf.testing.generate_ebpf import EbpfCase
+from kbpf.testing.generate_wild import Wild
 from kbpf.testing.network import NetworkNamespace
 
-#: The kinds, and how many of a thousand programs each gets.
+#: The kinds that compare, and how many of a thousand programs each gets of ``all``.
 SHARES = {"cbpf": 300, "ebpf": 300, "direct": 400}
-KINDS = tuple(SHARES)
+KINDS = (*SHARES, "wild")
 #: From this many programs on, a run must cover everything.
-FULL = 20_000
+FULL = {"cbpf": 5_000, "ebpf": 5_000, "direct": 20_000, "wild": 150_000}
 #: One in so many cases is watched for coverage: watching makes the emulator slow.
 _WATCHED = 4
 _CHUNK = 500
@@ -79,33 +85,61 @@ _REQUIRED: dict[str, Callable[[], set[str]]] = {
     "cbpf": coverage.required_classic,
     "ebpf": coverage.required_ebpf,
     "direct": coverage.required_direct,
+    "wild": coverage.required_wild,
 }
 
 
-class _Sides(Protocol):
-    """The kernel and the emulator, ready for the cases of a kind."""
+class _Kind(Protocol):
+    def run(self, seed: str, number: int) -> None:
+        """Run a case, and add to the report what came of it."""
+        ...
 
-    def case(self, seed: str, number: int) -> Any: ...
 
-    def kernel(self, case: Any) -> Any: ...
+class _Comparison:
+    """The kernel and the emulator, ready for the cases of a kind, which subclasses know how to make and run."""
 
-    def emulator(self, case: Any, watched: bool) -> Any: ...
+    def __init__(self, report: Report, stack: ExitStack) -> None:
+        self.report = report
+
+    def run(self, seed: str, number: int) -> None:
+        report, case = self.report, self.case(seed, number)
+        truth = self.kernel(case)
+        if refused := self.refused(truth):
+            report.refused[refused] += 1
+            return
+        report.accepted += 1
+        report.runs += self.runs(case)
+        if self.emulator(case, number % _WATCHED == 0) != truth:
+            report.differences.append(self.as_test(case, f"seed_{seed}_case_{number}"))
+
+    def case(self, seed: str, number: int) -> Any:
+        raise NotImplementedError
+
+    def kernel(self, case: Any) -> Any:
+        raise NotImplementedError
+
+    def emulator(self, case: Any, watched: bool) -> Any:
+        raise NotImplementedError
 
     def refused(self, outcome: Any) -> str:
         """What the kernel said of a program that it did not accept, without what differs from program to program."""
-        ...
+        raise NotImplementedError
 
-    def runs(self, case: Any) -> int: ...
+    def runs(self, case: Any) -> int:
+        raise NotImplementedError
 
     def as_test(self, case: Any, name: str) -> str:
         """A case that differs, made small, as a test."""
-        ...
+        raise NotImplementedError
 
 
-class _Classic:
-    def __init__(self, stack: ExitStack, counts: Counter[str]) -> None:
+class _Classic(_Comparison):
+    def __init__(self, report: Report, stack: ExitStack) -> None:
+        super().__init__(report, stack)
         self._emulated = stack.enter_context(carriers.emulated())
-        self._watched = stack.enter_context(carriers.emulated(lambda program: coverage.WatchedFilter(program, counts)))
+        self._watched = stack.enter_context(
+            carriers.emulated(lambda program: coverage.WatchedFilter(program, report.coverage))
+        )
         self._kernel = stack.enter_context(carriers.kernel())
 
     def case(self, seed: str, number: int) -> ClassicCase:
@@ -130,13 +164,13 @@ class _Classic:
         return differ.classic_as_test(small, name, self.kernel(small))
 
 
-class _Ebpf:
-    def __init__(self, stack: ExitStack, counts: Counter[str]) -> None:
+class _Ebpf(_Comparison):
+    def __init__(self, report: Report, stack: ExitStack) -> None:
         from kbpf.emulator.backend import EmulatorBackend
         from kbpf.kernel.backend import kernel_backend
 
+        super().__init__(report, stack)
         self._kernel, self._emulated = kernel_backend(), EmulatorBackend()
-        self._counts = counts
         stack.enter_context(differ.one_processor())
 
     def case(self, seed: str, number: int) -> EbpfCase:
@@ -157,7 +191,7 @@ class _Ebpf:
         return outcome
 
     def count(self, watch: coverage.Watch) -> None:
-        coverage.count_ebpf(self._counts, watch)
+        coverage.count_ebpf(self.report.coverage, watch)
 
     def refused(self, outcome: EbpfOutcome) -> str:
         return f"errno {outcome.refused}: {differ.last_words(outcome.log)}" if outcome.refused else ""
@@ -177,34 +211,67 @@ class _Direct(_Ebpf):
         return generate_direct.generate(Random(f"{seed}/direct/{number}"), types[number // _WATCHED % len(types)])
 
     def count(self, watch: coverage.Watch) -> None:
-        coverage.count_direct(self._counts, watch)
+        coverage.count_direct(self.report.coverage, watch)
 
 
-_SIDES: dict[str, Callable[[ExitStack, Counter[str]], _Sides]] = {"cbpf": _Classic, "ebpf": _Ebpf, "direct": _Direct}
+class _Wild:
+    """Programs that only the emulator takes: what matters is that they end, and how."""
+
+    def __init__(self, report: Report, stack: ExitStack) -> None:
+        self.report = report
+        self._runner = wild.Runner(stack)
+
+    def run(self, seed: str, number: int) -> None:
+        case = self._runner.case(seed, number)
+        try:
+            self._run(case, number % _WATCHED == 0)
+        except Exception:
+            self.report.differences.append(f"# seed {seed}, case {number}\n{traceback.format_exc()}{case}")
+
+    def _run(self, case: Wild, watched: bool) -> None:
+        report, backend = self.report, self._runner.backend
+        try:
+            fd = self._runner.load(case)
+        except LoadRefused as refusal:
+            report.refused[f"errno {refusal.errno}: {differ.last_words(refusal.log)}"] += 1
+            return
+        try:
+            report.accepted += 1
+            report.runs += 1
+            program = backend.program(fd)
+            watch = coverage.Watch(program) if watched else None
+            way, fault = self._runner.run(program, case)
+            report.coverage[f"ended in {way}"] += 1
+            if watch is not None:
+                coverage.count_wild(report.coverage, watch, fault)
+        finally:
+            backend.close(fd)
 
 
-def compare(kind: str, seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
+_KINDS: dict[str, Callable[[Report, ExitStack], _Kind]] = {
+    "cbpf": _Classic,
+    "ebpf": _Ebpf,
+    "direct": _Direct,
+    "wild": _Wild,
+}
+
+
+def run_cases(kind: str, seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
     """Run the cases of these numbers; stop after `enough` differences."""
+    if kind == "wild":
+        return _run_cases(kind, seed, cases, enough)
     with NetworkNamespace() as namespace:
-        return namespace.call(_compare, kind, seed, cases, enough)
+        return namespace.call(_run_cases, kind, seed, cases, enough)
 
 
-def _compare(kind: str, seed: str, cases: Iterable[int], enough: int) -> Report:
+def _run_cases(kind: str, seed: str, cases: Iterable[int], enough: int) -> Report:
     report = Report(kind)
     with ExitStack() as stack:
-        sides = _SIDES[kind](stack, report.coverage)
+        runner = _KINDS[kind](report, stack)
         for number in cases:
-            case = sides.case(seed, number)
-            truth = sides.kernel(case)
-            if refused := sides.refused(truth):
-                report.refused[refused] += 1
-                continue
-            report.accepted += 1
-            report.runs += sides.runs(case)
-            if sides.emulator(case, number % _WATCHED == 0) != truth:
-                report.differences.append(sides.as_test(case, f"seed_{seed}_case_{number}"))
-                if len(report.differences) >= enough:
-                    break
+            runner.run(seed, number)
+            if len(report.differences) >= enough:
+                break
     return report
 
 
@@ -230,7 +297,7 @@ def fuzz(
         while report.accepted < count and len(report.differences) < _ENOUGH:
             while asked < count - report.accepted and len(running) < 2 * workers:
                 size = min(_CHUNK, count - report.accepted - asked)
-                running.add(pool.submit(compare, kind, seed, range(following, following + size)))
+                running.add(pool.submit(run_cases, kind, seed, range(following, following + size)))
                 following += size
                 asked += size
             done = next(as_completed(running))
@@ -294,14 +361,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", choices=(*KINDS, "all"))
-    parser.add_argument("--count", type=int, default=1_000_000, help="programs that the kernel accepts, of all kinds")
+    parser.add_argument("--count", type=int, default=1_000_000, help="programs that are accepted, of all kinds")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first case of each kind")
     parser.add_argument("--seed", default="1", help="any text; the same seed gives the same cases")
     parser.add_argument("--workers", type=int, help="processes; as many as processors by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a kind on standard output")
     options = parser.parse_args(arguments)
     status = 0
-    for kind in KINDS if options.kind == "all" else (options.kind,):
+    for kind in SHARES if options.kind == "all" else (options.kind,):
         count = options.count * SHARES[kind] // sum(SHARES.values()) if options.kind == "all" else options.count
         with _progress(kind, count) as tell:
             report = fuzz(kind, count, options.seed, options.first, options.workers, tell)
@@ -309,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({**asdict(report), "share": report.share, "missing": report.missing()}), flush=True)
         else:
             _print(report)
-        if report.differences or (report.accepted >= FULL and report.missing()):
+        if report.differences or (report.accepted >= FULL[kind] and report.missing()):
             status = 1
     return status
 

@@ -62,7 +62,8 @@ _KEYS = STRUCTS["bpf_flow_keys"]
 _NOT_LOADED = {"data", "data_end", "data_meta", "hash", "napi_id", "flow_keys", "sk"}
 #: What a raw tracepoint can have.
 _ARGUMENTS = 12
-_ATTACH_TYPES = {
+#: Where programs of a type expect to be attached, if it matters.
+ATTACH_TYPES = {
     "cgroup_skb": "cgroup_inet_ingress",
     "sk_lookup": "sk_lookup",
 }
@@ -86,7 +87,9 @@ def generated(program_type: str) -> set[str]:
     return {name for name in reachable(program_type) & names if not compared_elsewhere.where(name, program_type)}
 
 
-class _Writer(Draft):
+class Writer(Draft):
+    """Writes a program of one of `TYPES`."""
+
     def __init__(self, rng: Random, program_type: str) -> None:
         super().__init__(rng, program_type)
         self.layout = STRUCTS["xdp_md"].fields if program_type == "xdp" else _BUFF
@@ -213,14 +216,14 @@ class _Writer(Draft):
 
 def generate(rng: Random, program_type: str) -> EbpfCase:
     """A program of that type, and its runs."""
-    writer = _Writer(rng, program_type)
+    writer = Writer(rng, program_type)
     spec = ProgramSpec(
         type=program_type,
         **writer.linked(writer.program()),
-        expected_attach_type=_ATTACH_TYPES.get(program_type),
+        expected_attach_type=ATTACH_TYPES.get(program_type),
         maps=tuple(writer.maps),
     )
-    make = _RUNS.get(program_type, run_of_socket_filter)
+    make = RUNS.get(program_type, run_of_socket_filter)
     return EbpfCase(spec=spec, runs=tuple(make(rng) for _ in range(rng.randrange(1, 4))))
 
 
@@ -262,7 +265,8 @@ def _run_of_raw_tracepoint(rng: Random) -> tuple[bytes, bytes]:
     return b"", rng.randbytes(8 * _ARGUMENTS)
 
 
-_RUNS: dict[str, Callable[[Random], tuple[bytes, bytes]]] = {
+#: What programs of a type are run over, (data, context), where that is not what socket filters have.
+RUNS: dict[str, Callable[[Random], tuple[bytes, bytes]]] = {
     "xdp": _run_of_xdp,
     "flow_dissector": _run_of_flow_dissector,
     "sk_lookup": _run_of_sk_lookup,

@@ -117,6 +117,11 @@ class Draft:
             self.maps.append(MAPS[name](self.rng))
         return self._indices[name]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the maps, by index; the first has none."""
+        return ["", *self._indices]
+
     def function(self, *pieces: Piece) -> int:
         """A callback, which begins with its arguments in R1 to R5; gives its number for `function`."""
         self.functions.append(join(*pieces))

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from random import Random
+import os
+from contextlib import ExitStack
 
 import pytest
 
-from kbpf.backend import LoadRefused
+from kbpf.emulator import helpers
 from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.maps import KINDS
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
-from kbpf.emulator.semantics import factory
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.testing import fuzz
+from kbpf.testing.generate_wild import BUDGET
+from kbpf.testing.wild import one_of_each
+from kbpf.uapi.enums import HELPERS
 
 I = Instruction  # noqa: E741
 EXIT = I(ebpf.JMP | ebpf.EXIT)
 MOV_K = ebpf.ALU64 | ebpf.MOV | ebpf.K
-#: Every opcode that the table knows, but calls and exits.
-OPCODES = [
-    code for code in range(256) if code & 7 != ebpf.STX or code & 0xE0 != ebpf.ATOMIC if factory(code, 0, 16, False)
-]
-ATOMIC_OPERATIONS = (0, 1, 0x40, 0x41, 0x50, 0x51, 0xA0, 0xA1, ebpf.XCHG, ebpf.CMPXCHG)
-HELPERS = (1, 2, 3, 5, 6, 7, 8, 14, 15, 16, 26, 42, 68, 125, 160, 195)
-BUDGET = 3000
-PROGRAMS = 5000
+#: Of a million that `make fuzz` runs.
+PROGRAMS = 6000
 
 
 @pytest.fixture
@@ -38,85 +37,33 @@ def load(backend: EmulatorBackend, *instructions: Instruction, budget: int = BUD
     return Program(ProgramSpec(instructions=instructions), [], backend.map, budget)
 
 
-def wild_program(rng: Random, map_fd: int) -> list[Instruction]:
-    """Instructions that exist, with registers, offsets and jumps at random."""
-    length = rng.randrange(2, 30)
-    program: list[Instruction] = [*ld_imm64(1, map_fd, ebpf.PSEUDO_MAP_FD)] if rng.random() < 0.5 else []
-    start = len(program)
-    for pc in range(start, start + length):
-        kind = rng.random()
-        target = rng.randrange(start, start + length + 1) - pc - 1
-        d, s, off = rng.randrange(10), rng.randrange(11), rng.choice((0, -8, -4, 4, 8, -512, 48, 0x7FFF, -0x8000))
-        imm = rng.choice((0, 1, 4, 8, 64, -1, -8, rng.getrandbits(31)))
-        if kind < 0.1:
-            program.append(I(ebpf.JMP | ebpf.CALL, 0, 0, 0, rng.choice(HELPERS)))
-        elif kind < 0.13:
-            program.append(I(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_CALL, 0, target))
-        elif kind < 0.2:
-            size = rng.choice((ebpf.W, ebpf.DW))
-            program.append(I(ebpf.STX | ebpf.ATOMIC | size, d, s, off, rng.choice(ATOMIC_OPERATIONS)))
-        else:
-            opcode = rng.choice(OPCODES)
-            cls, by_register, op = opcode & 7, opcode & ebpf.X, opcode & 0xF0
-            if cls in (ebpf.JMP, ebpf.JMP32):
-                long = opcode == ebpf.JMP32 | ebpf.JA
-                bare = op in (ebpf.JA, ebpf.JCOND)
-                program.append(
-                    I(
-                        opcode,
-                        0 if bare else d,
-                        s if by_register else 0,
-                        0 if long else target,
-                        target if long else 0 if bare or by_register else imm,
-                    )
-                )
-            elif cls in (ebpf.ALU, ebpf.ALU64):
-                if op == ebpf.END:
-                    program.append(I(opcode, d, 0, 0, 16))
-                elif op == ebpf.NEG:
-                    program.append(I(opcode, d))
-                else:
-                    program.append(I(opcode, d, s if by_register else 0, 0, 0 if by_register else imm & 31 or 1))
-            elif cls == ebpf.LD:
-                program.append(I(opcode, 0, s if opcode & 0xE0 == ebpf.IND else 0, 0, imm))
-            else:
-                program.append(I(opcode, d, 0 if cls == ebpf.ST else s, off, imm if cls == ebpf.ST else 0))
-    return [*program, I(MOV_K), EXIT]
+def test_wild_programs_end_or_fault() -> None:
+    report = fuzz.run_cases("wild", "test", range(PROGRAMS))
+    assert report.differences == []
+    ways = [report.coverage[f"ended in {way}"] for way in ("value", "fault", "errno")]
+    assert sum(ways) == report.accepted > PROGRAMS // 2
+    assert min(ways) > PROGRAMS // 100, ways
 
 
-def test_wild_programs_end_or_fault(backend: EmulatorBackend) -> None:
-    rng = Random(1)
-    map_fd = backend.map_create(MapSpec(type="hash", key_size=4, value_size=8, max_entries=4))
-    packet = Packet(buffer=bytes(range(100)), offset=14, mac=0, network=14)
-    ended = faulted = refused = 0
-    while ended + faulted < PROGRAMS:
-        try:
-            program = load(backend, *wild_program(rng, map_fd))
-        except LoadRefused:
-            refused += 1
-            continue
-        try:
-            assert 0 <= program.run_packet(packet) <= 0xFFFFFFFF
-            ended += 1
-        except EmulationFault as fault:
-            assert fault.pc >= 0
-            faulted += 1
-    assert min(ended, faulted) > PROGRAMS // 10, (ended, faulted, refused)
+@pytest.mark.fuzz
+@pytest.mark.skipif(os.environ.get("KBPF_FUZZ") != "full", reason="the full run: make fuzz")
+def test_a_million_wild_programs_end_or_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        assert fuzz.main(["wild", "--count", "1000000"]) == 0
 
 
-def test_random_bytes_are_refused_or_run(backend: EmulatorBackend) -> None:
-    rng = Random(2)
-    packet = Packet(buffer=bytes(100))
-    for _ in range(5000):
-        raw = ebpf.decode(rng.randbytes(8 * rng.randrange(1, 6)))
-        try:
-            program = load(backend, *raw, EXIT)
-        except LoadRefused as refusal:
-            assert refusal.errno
-            continue
-        with pytest.raises(EmulationFault):
-            assert program.run_packet(packet) >= 0
-            raise EmulationFault("it ran")
+def test_what_no_program_may_raise_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise TypeError("a bug")
+
+    monkeypatch.setitem(helpers.FUNCTIONS, HELPERS["map_lookup_elem"], broken)
+    report = fuzz.run_cases("wild", "broken", range(2000), enough=1)
+    assert "TypeError: a bug" in report.differences[0]
+
+
+def test_there_is_a_map_of_each_type(backend: EmulatorBackend) -> None:
+    with ExitStack() as stack:
+        assert {backend.map_info(fd).type for fd in one_of_each(backend, stack)} == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +117,14 @@ def test_a_map_that_programs_may_only_read_is_not_written(backend: EmulatorBacke
     write = I(ebpf.STX | ebpf.MEM | ebpf.W, 1, 1)
     with pytest.raises(EmulationFault, match="write"):
         load(backend, *ld_imm64(1, fd, ebpf.PSEUDO_MAP_VALUE), write, I(MOV_K), EXIT).run_packet(Packet(buffer=b""))
+
+
+def test_a_record_that_is_kept_is_a_fault_where_the_program_ends(backend: EmulatorBackend) -> None:
+    fd = backend.map_create(MapSpec(type="ringbuf", max_entries=4096))
+    reserve = [I(MOV_K, 2, 0, 0, 8), I(MOV_K, 3), I(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS["ringbuf_reserve"])]
+    with pytest.raises(EmulationFault, match="in its hands") as fault:
+        load(backend, *ld_imm64(1, fd, ebpf.PSEUDO_MAP_FD), *reserve, EXIT).run_packet(Packet(buffer=b""))
+    assert fault.value.pc == 5
 
 
 def test_values_and_pointers_go_with_their_map(backend: EmulatorBackend) -> None:

@@ -22,7 +22,7 @@ _IPV6 = bytes(12) + b"\x86\xdd" + bytes(range(100, 160))
 
 @pytest.mark.requires("netns")
 def test_programs_agree() -> None:
-    report = fuzz.compare("direct", "test", range(4000))
+    report = fuzz.run_cases("direct", "test", range(4000))
     assert report.differences == []
     assert report.share > 0.99
 
