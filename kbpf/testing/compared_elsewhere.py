@@ -1,10 +1,12 @@
 """What the emulator has and random programs do not reach, with why, and the test that compares it with the kernel.
 
-Everything else that the emulator has must be reached by a full run of the fuzzer; a test holds both.
+Everything else that the emulator has must be reached by a full run of the fuzzer; a test holds both. A line has why,
+then a file of tests/emulator and a function in it, then what it is about, by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -15,111 +17,81 @@ class Elsewhere(NamedTuple):
     test: str
 
 
-_NO_LOCKS = Elsewhere(
-    "Linux lets socket filters use no map with a lock",
-    "emulator/test_emulator_maps_locks.py::test_commands_with_a_lock",
-)
+def _table(lines: Iterable[tuple[str, str, str]]) -> dict[str, Elsewhere]:
+    return {
+        name: Elsewhere(why, "emulator/test_emulator_" + test.replace(" ", ".py::test_"))
+        for why, test, names in lines
+        for name in names.split(", ")
+    }
+
+
+_LOCKS = "Linux lets it use no map with a lock or a timer"
 _SOCKETS = "it is about sockets, which a test must have made"
-_TYPES_OF_THE_KERNEL = "it takes what this one kernel's BTF describes"
 _SECRET = "cookies are sealed with a secret that two machines do not share"
-_NO_TEST_RUN = Elsewhere(
-    "Linux has no test run of it", "emulator/test_emulator_events_access.py::test_what_may_be_loaded_and_stored"
-)
+_GROUPS = "it is about control groups, which a test must have made"
+_COUNTERS = "it is about counters, which go on counting"
+_THREADS = "it is about the thread that runs the program, its memory and its stacks"
+_EVENTS = "it is about an event that a test must have made"
+_KERNEL = "it takes what this one kernel's BTF describes"
+_NO_TEST_RUN = "Linux has no test run of it"
+_SLEEPS = "it may sleep, and so may not use what the others use"
+_COMMANDS = "only commands reach it"
 
 #: Helpers, by name, or by program type and name.
-HELPERS: dict[str, Elsewhere] = {
-    "socket_filter spin_lock": _NO_LOCKS,
-    "socket_filter spin_unlock": _NO_LOCKS,
-    **{
-        f"raw_tracepoint {helper}": _NO_LOCKS
-        for helper in ("spin_lock", "spin_unlock", "timer_init", "timer_set_callback", "timer_start", "timer_cancel")
-    },
-    "sk_lookup_udp": Elsewhere(
-        _SOCKETS, "emulator/test_emulator_socket_lookup.py::test_udp_sockets_are_found_as_the_kernel_scores_them"
-    ),
-    **dict.fromkeys(
-        ("sk_lookup_tcp", "skc_lookup_tcp", "sk_release"),
-        Elsewhere(_SOCKETS, "emulator/test_emulator_socket_lookup.py::test_tcp_sockets_are_found_and_shown"),
-    ),
-    **dict.fromkeys(
-        (
-            "sk_fullsock", "tcp_sock", "get_listener_sock", "skc_to_tcp_sock", "skc_to_tcp6_sock",
-            "skc_to_tcp_timewait_sock", "skc_to_tcp_request_sock", "skc_to_udp6_sock", "skc_to_unix_sock",
-            "skc_to_mptcp_sock",
-        ),
-        Elsewhere(_SOCKETS, "emulator/test_emulator_socket_lookup.py::test_views_are_there_or_not"),
-    ),
-    "sk_assign": Elsewhere(
-        _SOCKETS, "emulator/test_emulator_socket_of_packet.py::test_a_test_run_assigns_no_socket"
-    ),
-    **dict.fromkeys(
-        ("sk_cgroup_id", "sk_ancestor_cgroup_id"),
-        Elsewhere(
-            _SOCKETS,
-            "emulator/test_emulator_socket_of_packet.py::test_it_is_in_the_control_group_of_the_process",
-        ),
-    ),
-    **dict.fromkeys(
-        ("sk_storage_get", "sk_storage_delete"),
-        Elsewhere(
-            _SOCKETS,
-            "emulator/test_emulator_socket_storage.py::test_programs_and_descriptors_reach_the_same_values",
-        ),
-    ),
-    **{
-        f"tcp_raw_{what}_syncookie_ipv{version}": Elsewhere(
-            _SECRET, "emulator/test_emulator_syncookies.py::test_a_cookie_says_the_segment_size"
-        )
-        for what in ("gen", "check")
-        for version in (4, 6)
-    },
-    **dict.fromkeys(
-        ("tcp_gen_syncookie", "tcp_check_syncookie"),
-        Elsewhere(_SOCKETS, "emulator/test_emulator_syncookies.py::test_listeners_make_and_check_cookies"),
-    ),
-    "snprintf_btf": Elsewhere(
-        _TYPES_OF_THE_KERNEL, "emulator/test_emulator_show.py::test_random_values_of_the_kernels_types"
-    ),
-    **dict.fromkeys(
-        ("per_cpu_ptr", "this_cpu_ptr"),
-        Elsewhere(
-            _TYPES_OF_THE_KERNEL,
-            "emulator/test_emulator_kernel_variables.py::test_each_processor_has_its_own",
-        ),
-    ),
-    **dict.fromkeys(
-        ("task_storage_get", "task_storage_delete", "cgrp_storage_get", "cgrp_storage_delete"),
-        Elsewhere(
-            "it is about what a program finds by following the kernel's pointers",
-            "emulator/test_emulator_task_storage.py::test_values_of_what_a_program_holds",
-        ),
-    ),
-}  # fmt: skip
+HELPERS: dict[str, Elsewhere] = _table((
+    (_LOCKS, "maps_locks commands_with_a_lock", "socket_filter spin_lock, socket_filter spin_unlock"),
+    (_LOCKS, "maps_locks commands_with_a_lock", "raw_tracepoint spin_lock, raw_tracepoint spin_unlock"),
+    (_LOCKS, "timers timers", "raw_tracepoint timer_init, raw_tracepoint timer_set_callback"),
+    (_LOCKS, "timers timers", "raw_tracepoint timer_start, raw_tracepoint timer_cancel"),
+    (_SOCKETS, "socket_lookup udp_sockets_are_found_as_the_kernel_scores_them", "sk_lookup_udp"),
+    (_SOCKETS, "socket_lookup tcp_sockets_are_found_and_shown", "sk_lookup_tcp, skc_lookup_tcp, sk_release"),
+    (_SOCKETS, "socket_lookup views_are_there_or_not", "sk_fullsock, tcp_sock, get_listener_sock"),
+    (_SOCKETS, "socket_lookup views_are_there_or_not", "skc_to_tcp_sock, skc_to_tcp6_sock, skc_to_tcp_timewait_sock"),
+    (_SOCKETS, "socket_lookup views_are_there_or_not", "skc_to_tcp_request_sock, skc_to_udp6_sock, skc_to_unix_sock"),
+    (_SOCKETS, "socket_lookup views_are_there_or_not", "skc_to_mptcp_sock"),
+    (_SOCKETS, "socket_of_packet a_test_run_assigns_no_socket", "sk_assign"),
+    (_SOCKETS, "socket_of_packet it_is_in_the_control_group_of_the_process", "sk_cgroup_id, sk_ancestor_cgroup_id"),
+    (_SOCKETS, "socket_storage programs_and_descriptors_reach_the_same_values", "sk_storage_get, sk_storage_delete"),
+    (_SOCKETS, "socket_options values", "getsockopt, setsockopt"),
+    (_SOCKETS, "maps_sockets a_socket_of_the_group_is_selected", "sk_select_reuseport"),
+    (_SOCKETS, "maps_sockets_hooks a_connection_is_put_into_a_map", "sock_map_update, sock_hash_update"),
+    (_SOCKETS, "syncookies listeners_make_and_check_cookies", "tcp_gen_syncookie, tcp_check_syncookie"),
+    (_SECRET, "syncookies a_cookie_says_the_segment_size", "tcp_raw_gen_syncookie_ipv4, tcp_raw_check_syncookie_ipv4"),
+    (_SECRET, "syncookies a_cookie_says_the_segment_size", "tcp_raw_gen_syncookie_ipv6, tcp_raw_check_syncookie_ipv6"),
+    (_GROUPS, "maps_cgroup who_is_in_a_group", "current_task_under_cgroup, skb_under_cgroup"),
+    (_COUNTERS, "perf_counters what_may_be_read_from_here", "perf_event_read, perf_event_read_value"),
+    (_THREADS, "tracing_helpers programs_of_all_types_get_the_thread", "get_current_task, get_current_task_btf"),
+    (_THREADS, "tracing_helpers the_threads_registers_are_read_by_probes", "task_pt_regs"),
+    (_THREADS, "tracing_helpers areas_of_memory_are_found", "find_vma"),
+    (_THREADS, "tracing_helpers stacks_are_cut_and_skipped_as_in_the_kernel", "get_stack, get_task_stack"),
+    (_THREADS, "tracing_helpers stacks_have_the_kernels_ids", "get_stackid"),
+    (_THREADS, "task_storage values_of_what_a_program_holds", "task_storage_get, task_storage_delete"),
+    (_THREADS, "task_storage values_of_what_a_program_holds", "cgrp_storage_get, cgrp_storage_delete"),
+    (_EVENTS, "tracing_helpers it_gives_what_the_kernel_gives", "get_branch_snapshot, get_attach_cookie"),
+    (_EVENTS, "tracing_helpers an_event_has_a_cookie_and_a_function", "get_func_ip"),
+    (_EVENTS, "tracing_helpers an_event_has_a_count_and_branches", "perf_prog_read_value, read_branch_records"),
+    (_NO_TEST_RUN, "hooks what_the_system_call_returns", "get_retval, set_retval"),
+    (_NO_TEST_RUN, "sock_ops options_are_reserved_and_written", "load_hdr_opt, reserve_hdr_opt, store_hdr_opt"),
+    (_NO_TEST_RUN, "sock_ops states_are_told_where_they_were_asked_for", "sock_ops_cb_flags_set"),
+    (_KERNEL, "show random_values_of_the_kernels_types", "snprintf_btf"),
+    (_KERNEL, "kernel_variables each_processor_has_its_own", "per_cpu_ptr, this_cpu_ptr"),
+))  # fmt: skip
 
-#: Types of programs.
-TYPES: dict[str, Elsewhere] = {
-    **dict.fromkeys(("cgroup_sock", "cgroup_sock_addr", "sock_ops", "sk_reuseport"), _NO_TEST_RUN),
-    **dict.fromkeys(
-        ("kprobe", "tracepoint", "perf_event", "raw_tracepoint_writable"),
-        Elsewhere(
-            _NO_TEST_RUN.why,
-            "emulator/test_emulator_tracing.py::test_each_helper_is_callable_as_in_the_kernel",
-        ),
-    ),
-    "syscall": Elsewhere(
-        "it may sleep, and so may not use what the others use",
-        "emulator/test_emulator_tracing.py::test_syscall_programs_read_and_write_their_context",
-    ),
-}
+#: Types of programs. Their helpers that no other type has are in the table above.
+TYPES: dict[str, Elsewhere] = _table((
+    (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "cgroup_sock, cgroup_sock_addr"),
+    (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "sock_ops, sk_reuseport"),
+    (_NO_TEST_RUN, "tracing each_helper_is_callable_as_in_the_kernel", "kprobe, tracepoint, perf_event"),
+    (_NO_TEST_RUN, "tracing each_helper_is_callable_as_in_the_kernel", "raw_tracepoint_writable"),
+    (_SLEEPS, "tracing syscall_programs_read_and_write_their_context", "syscall"),
+))  # fmt: skip
 
 #: Types of maps that no helper of the types that are generated reaches.
-MAPS: dict[str, Elsewhere] = {
-    type: Elsewhere(
-        "only commands reach it",
-        "emulator/test_emulator_maps_stateful.py::test_random_sequences_have_the_kernels_results",
-    )
-    for type in ("stack_trace", "sk_storage", "inode_storage", "task_storage", "cgrp_storage")
-}
+MAPS: dict[str, Elsewhere] = _table((
+    (_COMMANDS, "maps_stateful random_sequences_have_the_kernels_results", "stack_trace, inode_storage, cgroup_array"),
+    (_COMMANDS, "maps_stateful random_sequences_have_the_kernels_results", "sk_storage, task_storage, cgrp_storage"),
+    (_SOCKETS, "maps_sockets programs_find_sockets", "sockmap, sockhash, reuseport_sockarray"),
+))  # fmt: skip
 
 
 def where(helper: str, program_type: str) -> Elsewhere | None:

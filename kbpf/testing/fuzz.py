@@ -238,9 +238,8 @@ class _Wild:
         try:
             report.accepted += 1
             report.runs += 1
-            program = backend.program(fd)
-            watch = coverage.Watch(program) if watched else None
-            way, fault = self._runner.run(program, case)
+            watch = coverage.Watch(backend.program(fd)) if watched else None
+            way, fault = self._runner.run(fd, case)
             report.coverage[f"ended in {way}"] += 1
             if watch is not None:
                 coverage.count_wild(report.coverage, watch, fault)

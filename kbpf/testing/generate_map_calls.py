@@ -338,6 +338,12 @@ def _timer(draft: Draft) -> Piece:
     return [*look, *_found(draft, inside)]
 
 
+def _local_storage(draft: Draft) -> Piece:
+    """The value that a program has for the control group: in a test run, one of its own."""
+    type = draft.rng.choice(("cgroup_storage", "percpu_cgroup_storage"))
+    return [*the_map(1, draft.map(type)), *move(2, 0), *call("get_local_storage"), *_use(draft), *move(0, 1)]
+
+
 def _tail_call(draft: Draft) -> Piece:
     """Begin again where the program array has the program, else go on."""
     index = draft.rng.choice((0, 1, 2))
@@ -381,6 +387,7 @@ MAP_CALLS: dict[str, Callable[[Draft], Piece]] = {
     "spin_lock": _locked,
     "spin_unlock": _locked,
     **dict.fromkeys(("timer_init", "timer_set_callback", "timer_start", "timer_cancel"), _timer),
+    "get_local_storage": _local_storage,
     "tail_call": _tail_call,
     "redirect_map": _redirect_map,
 }

@@ -130,6 +130,7 @@ MAPS: dict[str, Callable[[Random], MapSpec]] = {
         for type in ("devmap", "devmap_hash")
     },
     **{type: _fixed(type, key_size=4, value_size=4, max_entries=3) for type in ("cpumap", "xskmap")},
+    **{type: _fixed(type, key_size=16, value_size=VALUE_SIZE) for type in ("cgroup_storage", "percpu_cgroup_storage")},
     "memory": _fixed("array", key_size=4, value_size=32, max_entries=1),
     "locked": lambda rng: _LOCKED,
     "timers": lambda rng: _TIMERS,

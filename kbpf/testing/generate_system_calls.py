@@ -99,7 +99,7 @@ def _probe(helper: str) -> Callable[[Draft], Piece]:
 
     def make(draft: Draft) -> Piece:
         rng = draft.rng
-        if "kernel" in helper and rng.random() < 0.7:
+        if "user" not in helper and rng.random() < 0.7:
             source = stack(3, rng.choice((-8, -16, -24, -32)))
         else:
             source = move(3, rng.choice(_NOWHERE))
@@ -151,7 +151,8 @@ SYSTEM_CALLS: dict[str, Callable[[Draft], Piece]] = {
     "trace_printk": _trace,
     "trace_vprintk": _trace_many,
     **{name: _probe(name) for name in (
-        "probe_read_kernel", "probe_read_kernel_str", "probe_read_user", "probe_read_user_str"
+        "probe_read", "probe_read_str", "probe_read_kernel", "probe_read_kernel_str", "probe_read_user",
+        "probe_read_user_str",
     )},
     "send_signal": _signal("send_signal"),
     "send_signal_thread": _signal("send_signal_thread"),

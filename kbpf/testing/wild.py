@@ -15,7 +15,6 @@ from kbpf.emulator import events, helpers, test_runs
 from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.maps import KINDS
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.errors import EmulationFault
 from kbpf.specs import MapSpec
 from kbpf.testing.btf_bytes import BtfBytes
@@ -91,14 +90,15 @@ class Runner:
         programs.loaded(fd)
         return fd
 
-    def run(self, program: Program, wild: Wild) -> tuple[str, int | None]:
+    def run(self, fd: int, wild: Wild) -> tuple[str, int | None]:
         """How it ended, and the instruction where it went wrong; raises what no program may raise."""
+        program = self.backend.program(fd)
         faulthandler.dump_traceback_later(_PATIENCE, exit=True)
         try:
-            if program.type in events.TYPES and program.type not in test_runs.RUNNERS:
-                events.run_event(program, packet=Packet(buffer=wild.data))
+            if program.type in test_runs.RUNNERS:
+                self.backend.program_run(fd, wild.data, wild.context)
             else:
-                test_runs.run(program, wild.data, wild.context, 1)
+                events.run_event(program, packet=Packet(buffer=wild.data))
         except EmulationFault as fault:
             if not fault.message or not 0 <= fault.pc < len(program.code.steps):
                 raise AssertionError("a fault that does not say where or why") from fault

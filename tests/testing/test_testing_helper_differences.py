@@ -43,6 +43,12 @@ def test_text_that_is_cut_ends_in_a_nul(size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("helper", ("probe_read", "probe_read_str"))
+def test_the_stack_is_no_memory_of_user_space(helper: str) -> None:
+    read = (put(-8, 0x6162), put(-16, -1), stack(1, -16), move(2, 8), stack(3, -8), call(helper))
+    both("raw_tracepoint", *read, load(0, ebpf.FP, -16), frame=b"")
+
+
 @pytest.mark.parametrize("length", (1, 60, 61, 5000, 5001))
 def test_the_frame_of_an_xdp_program_follows_its_sample(length: int) -> None:
     """Also what does not lie in the first piece."""

@@ -53,6 +53,11 @@ def _probe(run: Run, to: int, size: int, read: bytes | None, failed: int = errno
     return -failed if read is None else 0
 
 
+def is_region(number: int) -> bool:
+    """Whether there may be a region of that number, of the run or for all."""
+    return 0 < number < FIRST_SHARED or number in REGIONS
+
+
 def no_kernel_memory(address: int) -> int:
     """Why a read failed: what is no region of ours and lies where user space would be is no address of the kernel's.
 
@@ -62,7 +67,7 @@ def no_kernel_memory(address: int) -> int:
     number = address >> 32
     if (address + (1 << _ADDRESS_BITS - 1) & M64) >> _ADDRESS_BITS:
         return errno.ERANGE
-    return errno.EFAULT if address >> _USER_BITS or 0 < number < FIRST_SHARED or number in REGIONS else errno.ERANGE
+    return errno.EFAULT if address >> _USER_BITS or is_region(number) else errno.ERANGE
 
 
 def _kernel_memory(run: Run, address: int, size: int) -> bytes:

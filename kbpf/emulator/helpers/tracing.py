@@ -12,12 +12,17 @@ import struct
 from kbpf.emulator import stacks
 from kbpf.emulator.environment import environment
 from kbpf.emulator.helpers.maps import map_at
-from kbpf.emulator.helpers.output import perf_event_output
 from kbpf.emulator.helpers.packet import check_context
-from kbpf.emulator.helpers.system import probe_read_kernel, probe_read_kernel_str, probe_read_user, probe_read_user_str
+from kbpf.emulator.helpers.system import (
+    is_region,
+    probe_read_kernel,
+    probe_read_kernel_str,
+    probe_read_user,
+    probe_read_user_str,
+)
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, HelperFunction, Run
 from kbpf.emulator.maps.stack_trace import StackTrace
-from kbpf.emulator.memory import M32, REGIONS, Region
+from kbpf.emulator.memory import M32, Region
 from kbpf.emulator.task import Task, current_task
 from kbpf.emulator.tracing import Event, TracingContext
 from kbpf.errors import EmulationFault
@@ -138,16 +143,9 @@ def perf_prog_read_value(run: Run, context: int, to: int, size: int, *_: int) ->
     return 0
 
 
-def output_without_packet(run: Run, context: int, map: int, flags: int, data: int, size: int) -> int:
-    """bpf_perf_event_output where there is no packet that BPF_F_CTXLEN_MASK could add."""
-    if flags & uapi.BPF_F_CTXLEN_MASK:
-        return -errno.EINVAL
-    return perf_event_output(run, context, map, flags, data, size)
-
-
 def _is_user(address: int) -> bool:
     """Whether bpf_probe_read takes an address for user space's; regions of the emulator's are the kernel's."""
-    return address < _USER_END and address >> 32 not in REGIONS
+    return address < _USER_END and not is_region(address >> 32)
 
 
 def probe_read(run: Run, to: int, size: int, address: int, *_: int) -> int:
@@ -185,7 +183,6 @@ _OF_TRACING: dict[str, HelperFunction] = {
     "get_attach_cookie": lambda run, context, *_: event_at(run, context).cookie,
     "get_stack": get_stack,
     "get_stackid": get_stackid,
-    "perf_event_output": output_without_packet,
     "probe_read": probe_read,
     "probe_read_str": probe_read_str,
 }
