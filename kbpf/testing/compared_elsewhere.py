@@ -72,6 +72,8 @@ HELPERS: dict[str, Elsewhere] = _table((
     (_EVENTS, "tracing_helpers an_event_has_a_count_and_branches", "perf_prog_read_value, read_branch_records"),
     (_NO_TEST_RUN, "hooks what_the_system_call_returns", "get_retval, set_retval"),
     (_NO_TEST_RUN, "sock_ops options_are_reserved_and_written", "load_hdr_opt, reserve_hdr_opt, store_hdr_opt"),
+    (_NO_TEST_RUN, "cgroup_machine sysctls", "sysctl_get_current_value, sysctl_get_name"),
+    (_NO_TEST_RUN, "cgroup_machine sysctls", "sysctl_get_new_value, sysctl_set_new_value"),
     (_NO_TEST_RUN, "sock_ops states_are_told_where_they_were_asked_for", "sock_ops_cb_flags_set"),
     (_KERNEL, "show random_values_of_the_kernels_types", "snprintf_btf"),
     (_KERNEL, "kernel_variables each_processor_has_its_own", "per_cpu_ptr, this_cpu_ptr"),
@@ -81,6 +83,9 @@ HELPERS: dict[str, Elsewhere] = _table((
 TYPES: dict[str, Elsewhere] = _table((
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "cgroup_sock, cgroup_sock_addr"),
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "sock_ops, sk_reuseport"),
+    (_NO_TEST_RUN, "cgroup_machine devices", "cgroup_device"),
+    (_NO_TEST_RUN, "cgroup_machine sysctls", "cgroup_sysctl"),
+    (_NO_TEST_RUN, "cgroup_machine an_option_is_set", "cgroup_sockopt"),
     (_NO_TEST_RUN, "tracing each_helper_is_callable_as_in_the_kernel", "kprobe, tracepoint, perf_event"),
     (_NO_TEST_RUN, "tracing each_helper_is_callable_as_in_the_kernel", "raw_tracepoint_writable"),
     (_SLEEPS, "tracing syscall_programs_read_and_write_their_context", "syscall"),
