@@ -7,19 +7,35 @@ there is left to Python, which does the access or raises the fault (`kbpf.emulat
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kbpf.emulator.jit.code import Body
 from kbpf.emulator.jit.layout import TABLE_SIZE
-from kbpf.emulator.jit.pointers import CONTEXT, Pointer, Registers, at_frame, size_of
+from kbpf.emulator.jit.pointers import CONTEXT, GUESS, STACK, Pointer, Registers, at_frame, size_of
 from kbpf.emulator.memory import CONTEXT as CONTEXT_REGION
+from kbpf.emulator.memory import M32
+from kbpf.emulator.memory import PACKET as PACKET_REGION
+from kbpf.emulator.memory import STACK as STACK_REGION
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 
 #: What the callback for accesses is asked to do: load, store, read bytes that a helper takes, find the host address.
 LOAD, STORE, READ, RESOLVE = range(4)
 
+#: Behind an entry's base, the words that say how many bytes may be read and written.
+RIGHTS = {"readable": 1, "writable": 2}
 _OPERATIONS = {ebpf.ADD: "add", ebpf.OR: "or", ebpf.AND: "and", ebpf.XOR: "xor"}
+
+
+class Lasting(NamedTuple):
+    """A region whose bytes stay where they are as long as the program does."""
+
+    address: int
+    size: int
+    readable: bool
+    writable: bool
 
 
 @dataclass
@@ -27,12 +43,14 @@ class Memory:
     """What memory accesses of one function need to know.
 
     `callback` is the host address of the function for accesses, `slots` the numbers of the context's fields that are
-    read at known places, by (offset, size), `frame` whether the frame is this function's alone.
+    read at known places, by (offset, size), `lasting` are regions by number, and the stack has `stack_size` bytes.
     """
 
     body: Body
     callback: int
     slots: dict[tuple[int, int], int]
+    lasting: Mapping[int, Lasting]
+    stack_size: int
 
     def load(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """LDX, and the atomic load-acquire."""
@@ -55,20 +73,7 @@ class Memory:
         if at is not None:
             return self._plain_load(self._in_frame(at), size)
         address = self._address(base, off)
-        found, missed, usual = self._find(address, size, "readable")
-        hit = self._plain_load(found, size)
-        return self._joined(usual, hit, missed, pc, kind, address, size)
-
-    def _joined(self, usual: str, hit: str, missed: str, pc: int, kind: int, address: str, size: int) -> str:
-        """The value found on the usual way, or what Python says to `kind` of access."""
-        body = self.body
-        joined = body.label()
-        body.emit(f"br label %{joined}")
-        with body.aside(missed):
-            got, last = self._ask(pc, kind, address, size, "0")
-            body.emit(f"br label %{joined}")
-        body.place(joined)
-        return body.value(f"phi i64 [ {hit}, %{usual} ], [ {got}, %{last} ]")
+        return self._reach(pc, held, address, size, ("readable",), lambda found: self._plain_load(found, size), kind)
 
     def store(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """ST and STX, and the atomic store-release."""
@@ -77,18 +82,15 @@ class Memory:
         value = str(imm) if opcode & 7 == ebpf.ST else body.get(src)
         narrow = value if size == 8 else body.value(f"trunc i64 {value} to i{8 * size}")
         at = at_frame(registers[dst], off, size)
+
+        def put(found: str) -> str:
+            body.emit(f"store i{8 * size} {narrow}, ptr {found}, align 1")
+            return "0"
+
         if at is not None:
-            body.emit(f"store i{8 * size} {narrow}, ptr {self._in_frame(at)}, align 1")
-            return
-        address = self._address(dst, off)
-        found, missed, _ = self._find(address, size, "writable")
-        joined = body.label()
-        body.emit(f"store i{8 * size} {narrow}, ptr {found}, align 1")
-        body.emit(f"br label %{joined}")
-        with body.aside(missed):
-            self._ask(pc, STORE, address, size, value)
-            body.emit(f"br label %{joined}")
-        body.place(joined)
+            put(self._in_frame(at))
+        else:
+            self._reach(pc, registers[dst], self._address(dst, off), size, ("writable",), put, STORE, value)
 
     def atomic(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """Read-modify-write; one that is not aligned is not atomic, and Linux does not let it pass."""
@@ -99,9 +101,10 @@ class Memory:
         if at is not None:
             pointer = self._in_frame(at)
         else:
-            address = self._address(dst, off)
-            found, missed, usual = self._find(address, size, "writable", "readable")
-            host = self._joined(usual, body.value(f"ptrtoint ptr {found} to i64"), missed, pc, RESOLVE, address, size)
+            address, rights = self._address(dst, off), ("writable", "readable")
+            host = self._reach(
+                pc, registers[dst], address, size, rights, lambda p: body.value(f"ptrtoint ptr {p} to i64"), RESOLVE
+            )
             pointer = body.value(f"inttoptr i64 {host} to ptr")
         operand = body.get(src) if size == 8 else body.get32(src)
         compared = (body.get(0) if size == 8 else body.get32(0)) if imm == ebpf.CMPXCHG else ""
@@ -157,6 +160,71 @@ class Memory:
     def _address(self, base: int, off: int) -> str:
         return self.body.value(f"add i64 {self.body.get(base)}, {off}") if off else self.body.get(base)
 
+    def _reach(
+        self,
+        pc: int,
+        held: Pointer | None,
+        address: str,
+        size: int,
+        rights: tuple[str, ...],
+        use: Callable[[str], str],
+        kind: int,
+        value: str = "0",
+    ) -> str:
+        """Go to memory: `use` takes the host's pointer and gives a number, where Python is not asked for it instead."""
+        body = self.body
+        joined = body.label()
+        ways: list[str] = []
+
+        def arrive(result: str, block: str) -> None:
+            ways.append(f"[ {result}, %{block} ]")
+            body.emit(f"br label %{joined}")
+
+        def look_up() -> None:
+            found, missed, usual = self._find(address, size, *rights)
+            arrive(use(found), usual)
+            with body.aside(missed):
+                arrive(*self._ask(pc, kind, address, size, value))
+
+        guessed = self._guess(held, size, rights)
+        if guessed is None:
+            look_up()
+        else:
+            region, base, limit = guessed
+            offset = body.value(f"sub i64 {address}, {region << 32}")
+            inside = body.value(f"icmp ult i64 {offset}, {limit}")
+            if not limit.isdecimal():
+                last = body.value(f"add i64 {offset}, {size - 1}")
+                inside = body.value(f"and i1 {inside}, {body.value(f'icmp ult i64 {last}, {limit}')}")
+            bad, good = body.unlikely(inside)
+            body.place(good)
+            arrive(use(body.value(f"getelementptr i8, ptr {base}, i64 {offset}")), good)
+            with body.aside(bad):
+                look_up()
+        body.place(joined)
+        return body.value(f"phi i64 {', '.join(ways)}")
+
+    def _guess(self, held: Pointer | None, size: int, rights: tuple[str, ...]) -> tuple[int, str, str] | None:
+        """A region to try first: its number, where its bytes are, and how far in an access of this size may begin.
+
+        Where that is not known when this is compiled, it is how many bytes the region has.
+        """
+        body = self.body
+        if held is None or held.kind not in (STACK, GUESS):
+            return None
+        number = STACK_REGION if held.kind == STACK else held.offset or 0
+        if number == STACK_REGION:
+            return number, "%stack", str(self.stack_size - size + 1)
+        if number == PACKET_REGION:
+            entry = body.value(f"getelementptr [4 x i64], ptr %table, i64 {PACKET_REGION}")
+            where = body.value(f"getelementptr i64, ptr {entry}, i64 1")
+            limit = body.value(f"getelementptr i64, ptr {where}, i64 {RIGHTS[rights[0]]}")
+            return number, body.value(f"load ptr, ptr {where}"), body.value(f"load i64, ptr {limit}")
+        lasting = self.lasting.get(number)
+        if lasting is None or lasting.size < size or not all(getattr(lasting, right) for right in rights):
+            return None
+        return number, f"inttoptr (i64 {lasting.address} to ptr)", str(lasting.size - size + 1)
+
     def _find(self, address: str, size: int, *rights: str) -> tuple[str, str, str]:
         """Look an address up and go on where it was found; returns the host pointer, and both blocks' labels."""
         body = self.body
@@ -165,10 +233,10 @@ class Memory:
         entry = body.value(f"getelementptr [4 x i64], ptr %table, i64 {index}")
         held = body.value(f"load i64, ptr {entry}")
         good = body.value(f"icmp eq i64 {held}, {number}")
-        offset = body.value(f"and i64 {address}, 4294967295")
+        offset = body.value(f"and i64 {address}, {M32}")
         last = body.value(f"add nuw nsw i64 {offset}, {size}")
         for right in rights:
-            word = body.value(f"getelementptr i64, ptr {entry}, i64 {2 if right == 'readable' else 3}")
+            word = body.value(f"getelementptr i64, ptr {entry}, i64 {1 + RIGHTS[right]}")
             limit = body.value(f"load i64, ptr {word}")
             good = body.value(f"and i1 {good}, {body.value(f'icmp ule i64 {last}, {limit}')}")
         missed, usual = body.unlikely(good)
@@ -192,10 +260,16 @@ class Memory:
         slot = self.slots.setdefault((offset, size), len(self.slots))
         valid = body.value(f"icmp ne i64 {body.load_field('slots_valid')}, 0")
         missed, usual = body.unlikely(valid)
+        joined = body.label()
         body.place(usual)
         slots = body.value(f"inttoptr i64 {body.load_field('slots')} to ptr")
         hit = body.value(f"load i64, ptr {body.value(f'getelementptr i64, ptr {slots}, i64 {slot}')}")
-        return self._joined(usual, hit, missed, pc, LOAD, str((CONTEXT_REGION << 32) + offset), size)
+        body.emit(f"br label %{joined}")
+        with body.aside(missed):
+            got, last = self._ask(pc, LOAD, str((CONTEXT_REGION << 32) + offset), size, "0")
+            body.emit(f"br label %{joined}")
+        body.place(joined)
+        return body.value(f"phi i64 [ {hit}, %{usual} ], [ {got}, %{last} ]")
 
 
 def check_status(body: Body) -> str:

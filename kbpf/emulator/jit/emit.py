@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from kbpf.emulator.checks import jump_target
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, TAIL_CALL_HELPER
-from kbpf.emulator.jit.access import READ, Memory, check_status
+from kbpf.emulator.jit.access import READ, Lasting, Memory, check_status
 from kbpf.emulator.jit.arithmetic import arithmetic, condition
 from kbpf.emulator.jit.code import Body, variables
 from kbpf.emulator.jit.packets import ancillary, packet_load
-from kbpf.emulator.jit.pointers import CONTEXT, HANDLE, Registers, follow, stack_escapes
+from kbpf.emulator.jit.pointers import CONTEXT, GUESS, HANDLE, Pointer, Registers, follow, stack_escapes
 from kbpf.emulator.maps.array import Array, PerCpuArray
 from kbpf.emulator.memory import M32, STACK
 from kbpf.isa import cbpf, ebpf
@@ -43,15 +43,17 @@ class Source:
     """What is compiled.
 
     `constants` are what 64-bit immediate loads of references give, by index, and `handles` the maps behind those that
-    are handles, by address. `classic` is a classic filter's translation, whose absolute loads reach ancillary words,
-    and whose context is asked for the packet's length only. What is said in `slots` and `escapes` is found while
-    emitting: the context's fields that are read at known places, whether Python or computed addresses reach the stack,
-    and whether native code may ask Python for anything at all.
+    are handles, by address; `lasting` are regions whose bytes stay in their place, by number. `classic` is a classic
+    filter's translation, whose absolute loads reach ancillary words, and whose context is asked for the packet's length
+    only. What is said in `slots`, `escapes` and `asks` is found while emitting: the context's fields that are read at
+    known places, whether Python or computed addresses reach the stack, and whether native code may ask Python for
+    anything at all.
     """
 
     instructions: Sequence[Instruction]
     constants: Mapping[int, int] = field(default_factory=dict)
     handles: Mapping[int, object] = field(default_factory=dict)
+    lasting: Mapping[int, Lasting] = field(default_factory=dict)
     classic: bool = False
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     escapes: bool = False
@@ -91,19 +93,37 @@ class _Function:
         self.start, self.end = start, end
         self.instructions = source.instructions
         self.body = Body()
-        self.memory = Memory(self.body, callbacks.access, source.slots)
-        handles = {pc: address for pc, address in source.constants.items() if address in source.handles}
-        self.known: dict[int, Registers] = follow(self.instructions, start, end, handles, start == 0)
-        self.lookups = {pc: found for pc in self.known if (found := self._lookup(pc)) is not None}
+        frames = ebpf.MAX_CALL_FRAMES if len(source.starts()) > 1 else 1
+        self.memory = Memory(self.body, callbacks.access, source.slots, source.lasting, ebpf.STACK_SIZE * frames)
+        constants = {
+            pc: Pointer(HANDLE, address) if address in source.handles else Pointer(GUESS, address >> 32)
+            for pc, address in source.constants.items()
+        }
+        self.known: dict[int, Registers] = follow(self.instructions, start, end, constants, self._result, start == 0)
+        self.lookups = {
+            pc: found
+            for pc, registers in self.known.items()
+            if (found := self._lookup(self.instructions[pc], registers)) is not None
+        }
         self.escapes = stack_escapes(self.instructions, self.known, set(self.lookups))
         source.escapes |= self.escapes
+        #: Whether it uses what is left of the budget.
+        self.fuelled = any(
+            self.instructions[pc].opcode == _CALL or (jump_target(pc, self.instructions[pc]) or pc + 1) <= pc
+            for pc in self.known
+        )
 
-    def _lookup(self, pc: int) -> Array | None:
+    def _result(self, instruction: Instruction, registers: Registers) -> Pointer | None:
+        """Where the result of a call points, perhaps."""
+        found = self._lookup(instruction, registers)
+        return None if found is None else Pointer(GUESS, found.values.number)
+
+    def _lookup(self, instruction: Instruction, registers: Registers) -> Array | None:
         """The array that a lookup reads, whose place is computed here."""
-        opcode, _, src, _, imm = self.instructions[pc]
+        opcode, _, src, _, imm = instruction
         if opcode != _CALL or src or imm != _LOOKUP:
             return None
-        held = self.known[pc][1]
+        held = registers[1]
         found = self.source.handles.get(held.offset or 0) if held is not None and held.kind == HANDLE else None
         return found if isinstance(found, Array) and type(found) in (Array, PerCpuArray) else None
 
@@ -113,9 +133,12 @@ class _Function:
         body.emit("entry:")
         body.lines += variables()
         body.emit("%result = alloca i64")
+        body.emit("%fuel = alloca i64")
+        body.emit(f"store i64 {body.load_field('fuel')}, ptr %fuel")
         body.emit("store i64 0, ptr %result")
         table = body.load_field("table")
         body.emit(f"%table = inttoptr i64 {table} to ptr")
+        body.emit(f"%stack = inttoptr i64 {body.load_field('stack')} to ptr")
         self._frame()
         first = [str(CONTEXT_ADDRESS), "0", "0", "0", "0"] if self.start == 0 else [f"%a{n}" for n in range(1, 6)]
         for register, value in zip(range(11), ["0", *first, "0", "0", "0", "0"], strict=False):
@@ -157,9 +180,8 @@ class _Function:
             body.emit(f"%frame = alloca [{ebpf.STACK_SIZE} x i8], align 8")
             body.emit(f"call void @llvm.memset.p0.i64(ptr %frame, i8 0, i64 {ebpf.STACK_SIZE}, i1 false)")
             return
-        stack = body.value(f"inttoptr i64 {body.load_field('stack')} to ptr")
         below = body.value(f"mul i64 %depth, {ebpf.STACK_SIZE}")
-        body.emit(f"%frame = getelementptr i8, ptr {stack}, i64 {below}")
+        body.emit(f"%frame = getelementptr i8, ptr %stack, i64 {below}")
 
     def _instruction(self, pc: int) -> bool:
         """Emit one; returns whether the next one follows in the same block."""
@@ -185,6 +207,7 @@ class _Function:
         elif kind in (ebpf.ST, ebpf.STX):
             self.memory.store(pc, instruction, registers)
         elif opcode == _EXIT:
+            self._show_fuel()
             body.emit(f"ret i64 {body.get(0)}")
             return False
         elif opcode == _CALL:
@@ -212,13 +235,21 @@ class _Function:
     def _charge(self, pc: int, cost: str) -> None:
         """Take from the budget, and fault where there is none left."""
         body = self.body
-        address = body.field("fuel")
-        left = body.value(f"sub i64 {body.value(f'load i64, ptr {address}')}, {cost}")
-        body.emit(f"store i64 {left}, ptr {address}")
+        left = body.value(f"sub i64 {body.value('load i64, ptr %fuel')}, {cost}")
+        body.emit(f"store i64 {left}, ptr %fuel")
         none, some = body.unlikely(body.value(f"icmp sge i64 {left}, 0"))
         with body.aside(none):
             self._fault(pc, EXHAUSTED)
         body.place(some)
+
+    def _show_fuel(self) -> None:
+        """Let the run's structure say what is left of the budget, which the function keeps to itself."""
+        if self.fuelled:
+            self.body.store_field("fuel", self.body.value("load i64, ptr %fuel"))
+
+    def _take_fuel(self) -> None:
+        """What was called has used some of it."""
+        self.body.emit(f"store i64 {self.body.load_field('fuel')}, ptr %fuel")
 
     def _jump(self, pc: int, instruction: Instruction) -> None:
         body, op = self.body, instruction.opcode & 0xF0
@@ -232,7 +263,7 @@ class _Function:
             body.emit(f"br label %pc{target}")
             return
         if op == ebpf.JCOND:
-            taken = body.value(f"icmp slt i64 {body.load_field('fuel')}, {body.load_field('half')}")
+            taken = body.value(f"icmp slt i64 {body.value('load i64, ptr %fuel')}, {body.load_field('half')}")
         else:
             taken = condition(body, instruction)
         body.spill()
@@ -255,10 +286,12 @@ class _Function:
             self._tail_call(pc)
         else:
             body.store_field("depth", "%depth")
+            self._show_fuel()
             arguments = ", ".join(f"i64 {body.get(number)}" for number in range(1, 6))
             call = f"call i64 inttoptr (i64 {self.callbacks.helper} to ptr)"
             got = body.value(f"{call}(ptr %run, i64 {pc}, i64 {instruction.imm}, {arguments})")
             check_status(body)
+            self._take_fuel()
             body.set(0, got)
 
     def _function(self, pc: int, target: int) -> None:
@@ -269,10 +302,12 @@ class _Function:
             self._fault(pc, TOO_DEEP)
         body.place(good)
         self._charge(pc, str(len(self.instructions) + 1))
+        self._show_fuel()
         below = body.value("add i64 %depth, 1")
         arguments = ", ".join(f"i64 {body.get(number)}" for number in range(1, 6))
         got = body.value(f"call i64 @f{target}(ptr %run, {arguments}, i64 {below})")
         check_status(body)
+        self._take_fuel()
         body.set(0, got)
 
     def _array_lookup(self, pc: int, found: Array) -> None:
@@ -291,6 +326,7 @@ class _Function:
         """Go on in another program, in place of this function, if Python finds one."""
         body = self.body
         body.store_field("depth", "%depth")
+        self._show_fuel()
         call = f"call i64 inttoptr (i64 {self.callbacks.tail_call} to ptr)"
         target = body.value(f"{call}(ptr %run, i64 {pc}, i64 {body.get(2)}, i64 {body.get(3)})")
         check_status(body)

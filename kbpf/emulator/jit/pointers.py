@@ -1,25 +1,28 @@
 """Which registers hold an address that is known when a program is compiled.
 
 A register that comes from R1 or R10 (or a map's handle) by moves and additions of constants holds a known address
-whatever happened before, so that accesses through it need no check at run time. Everything else is unknown.
+whatever happened before, so that accesses through it need no check at run time. Of some others it can be guessed which
+region they point into, which is checked first; everything else is unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from kbpf.emulator.checks import jump_target
+from kbpf.emulator.memory import PACKET
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 
-CONTEXT, STACK, HANDLE = "context", "stack", "handle"
+CONTEXT, STACK, HANDLE, GUESS = "context", "stack", "handle", "guess"
 
 
 class Pointer(NamedTuple):
-    """`offset` counts from the context's start or the function's frame pointer; of a handle, it is its address.
+    """`offset` counts from the context's start or the function's frame pointer.
 
-    None: the register may point there, or hold something else.
+    None: the register may point there, or hold something else. Of a handle, it is its address; of a guess, the number
+    of the region.
     """
 
     kind: str
@@ -31,18 +34,27 @@ Registers: TypeAlias = "tuple[Pointer | None, ...]"
 
 _UNKNOWN: Registers = (None,) * ebpf.REGISTERS
 _SOMEWHERE = Pointer(STACK, None)
+#: What is read from a context as four bytes is a number, or an address in the packet.
+_IN_PACKET = Pointer(GUESS, PACKET)
 _MOVE = ebpf.ALU64 | ebpf.MOV | ebpf.X
+_EXACT = (CONTEXT, STACK)
 _ADD, _SUB = ebpf.ALU64 | ebpf.ADD | ebpf.K, ebpf.ALU64 | ebpf.SUB | ebpf.K
 #: Far more than any region holds.
 _FAR = 1 << 20
 
 
 def follow(
-    instructions: Sequence[Instruction], start: int, end: int, handles: Mapping[int, int], main: bool
+    instructions: Sequence[Instruction],
+    start: int,
+    end: int,
+    constants: Mapping[int, Pointer],
+    results: Callable[[Instruction, Registers], Pointer | None],
+    main: bool,
 ) -> dict[int, Registers]:
     """The registers before each instruction of one function that can be reached.
 
-    `handles` are the addresses that 64-bit immediate loads of maps give, by index. `main` says that R1 is the context.
+    `constants` are what 64-bit immediate loads give, by index, and `results` what is known of a call's. `main` says
+    that R1 is the context.
     """
     first = list(_UNKNOWN)
     first[ebpf.FP] = Pointer(STACK, 0)
@@ -60,7 +72,12 @@ def follow(
             registers = merged
         known[pc] = registers
         instruction = instructions[pc]
-        after = _after(pc, instruction, registers, handles)
+        if instruction.opcode == ebpf.JMP | ebpf.CALL:
+            after = _with(registers, 0, results(instruction, registers))
+        elif instruction.opcode == ebpf.LD_IMM64:
+            after = _with(registers, instruction.dst, constants.get(pc))
+        else:
+            after = _after(instruction, registers)
         if instruction.opcode == ebpf.JMP | ebpf.EXIT:
             continue
         target = jump_target(pc, instruction)
@@ -79,7 +96,7 @@ def _merged(one: Pointer | None, other: Pointer | None) -> Pointer | None:
     return _SOMEWHERE if STACK in (one and one.kind, other and other.kind) else None
 
 
-def _after(pc: int, instruction: Instruction, registers: Registers, handles: Mapping[int, int]) -> Registers:
+def _after(instruction: Instruction, registers: Registers) -> Registers:
     opcode, dst, src, off, imm = instruction
     kind = opcode & 7
     held: Pointer | None = None
@@ -87,21 +104,20 @@ def _after(pc: int, instruction: Instruction, registers: Registers, handles: Map
         base = registers[dst]
         if opcode == _MOVE and not off:
             held = registers[src]
-        elif opcode in (_ADD, _SUB) and base is not None and base.kind != HANDLE and base.offset is not None:
+        elif opcode in (_ADD, _SUB) and base is not None and base.kind in _EXACT and base.offset is not None:
             moved = base.offset + (imm if opcode == _ADD else -imm)
             held = base._replace(offset=moved if abs(moved) < _FAR else None)
         elif (points_to_stack(base) and opcode & 0xF0 != ebpf.MOV) or (
             opcode & ebpf.X and points_to_stack(registers[src])
         ):
             held = _SOMEWHERE
+        elif opcode & 0xF0 != ebpf.MOV:
+            held = next((p for p in (base, registers[src] if opcode & ebpf.X else None) if p and p.kind == GUESS), None)
         return _with(registers, dst, held)
-    if opcode == ebpf.LD_IMM64:
-        return _with(registers, dst, Pointer(HANDLE, handles[pc]) if pc in handles else None)
     if kind == ebpf.LDX:
-        return _with(registers, dst, None)
+        base = registers[src]
+        return _with(registers, dst, _IN_PACKET if base and base.kind == CONTEXT and size_of(opcode) == 4 else None)
     if kind == ebpf.LD:
-        return _with(registers, 0, None)
-    if opcode == ebpf.JMP | ebpf.CALL:
         return _with(registers, 0, None)
     if kind == ebpf.STX and opcode & 0xE0 == ebpf.ATOMIC:
         if imm == ebpf.LOAD_ACQ:

@@ -9,11 +9,13 @@ from typing import Any
 
 from kbpf.emulator.interpreter import Code, Context, Linked, Subject
 from kbpf.emulator.jit import emit
+from kbpf.emulator.jit.access import Lasting
+from kbpf.emulator.jit.buffers import host_address
 from kbpf.emulator.jit.callbacks import CALLBACKS, SESSIONS
 from kbpf.emulator.jit.engine import Compiled
 from kbpf.emulator.jit.session import Session
 from kbpf.emulator.maps.array import Array
-from kbpf.emulator.memory import REGIONS
+from kbpf.emulator.memory import REGIONS, Region
 from kbpf.emulator.packet import Packet
 from kbpf.isa import cbpf
 
@@ -40,11 +42,7 @@ class NativeProgram:
         self._main = _FUNCTION(self.main)
         self._functions: dict[int, Callable[..., int]] = {}
         #: Memory that stays where it is as long as the program: values of arrays.
-        self.regions = [found.values for found in source.handles.values() if isinstance(found, Array)]
-        for address in linked.constants.values():
-            region = REGIONS.get(address >> 32)
-            if region is not None and region.owner is None and region.fields is None:
-                self.regions.append(region)
+        self.regions = _lasting(linked)
         self._free: list[Session] = []
 
     def slot_array(self) -> Any:
@@ -120,7 +118,27 @@ def source_of(linked: Linked) -> emit.Source:
         owner = None if region is None or region.owner is None else region.owner()
         if owner is not None:
             handles[address] = owner
-    return emit.Source(linked.instructions, linked.constants, handles, bool(linked.ancillary))
+    lasting = {}
+    for found in _lasting(linked):
+        address, held = host_address(found.buffer)
+        if held is not None:
+            writable = found.writable and not isinstance(found.buffer, bytes)
+            lasting[found.number] = Lasting(address, len(found.buffer), found.readable, writable)
+    return emit.Source(linked.instructions, linked.constants, handles, lasting, bool(linked.ancillary))
+
+
+def _lasting(linked: Linked) -> list[Region]:
+    """The values of arrays that the program refers to."""
+    found = []
+    for address in set(linked.constants.values()):
+        region = REGIONS.get(address >> 32)
+        if region is None or region.fields is not None:
+            continue
+        if region.owner is None:
+            found.append(region)
+        elif isinstance(owner := region.owner(), Array):
+            found.append(owner.values)
+    return found
 
 
 def supports(code: Code) -> bool:

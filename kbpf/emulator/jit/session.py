@@ -109,9 +109,13 @@ class Session:
 
     def empty(self, number: int) -> None:
         """Have accesses to a region ask Python again."""
-        entry = self._table[number % TABLE_SIZE]
-        if entry.number == number:
-            entry.number = 0
+        if self._table[number % TABLE_SIZE].number == number:
+            self._clear(number % TABLE_SIZE)
+
+    def _clear(self, at: int) -> None:
+        # Native code that guesses the region looks at the sizes only.
+        entry = self._table[at]
+        entry.number = entry.readable = entry.writable = 0
 
     def meet(self, run: NativeRun, number: int) -> None:
         """Native code has not found a region that is there."""
@@ -298,7 +302,7 @@ class Session:
         """Forget the interpreter's view, and what it let native code reach."""
         run, self.run = self.run, None
         for at in self._filled:
-            self._table[at].number = 0
+            self._clear(at)
         self._filled.clear()
         self._kept.clear()
         if run is not None:
