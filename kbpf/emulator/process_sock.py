@@ -1,7 +1,7 @@
 """Sockets of the operating system that this process holds, as far as a process can tell what the kernel keeps.
 
-It is not told whom a socket is connecting to, by which queue packets came, which end has connected to the other, and
-whether SO_REUSEPORT was set before or after a port was taken (before is assumed).
+It is not told whom a socket is connecting to, by which queue packets came, which end has connected to the other,
+whether SO_REUSEPORT was set before or after a port was taken (before is assumed), and of TCP where its windows are.
 """
 
 from __future__ import annotations
@@ -37,6 +37,31 @@ from kbpf.uapi.constants import (
 )
 
 _COOKIE = struct.Struct("=Q")
+_BYTE, _WORD, _LONG = struct.Struct("=B"), struct.Struct("=I"), struct.Struct("=Q")
+#: What ``struct bpf_tcp_sock`` shows, and where ``struct tcp_info`` (linux/tcp.h) tells it.
+_TCP_INFO = {
+    "icsk_retransmits": (2, _BYTE),
+    "mss_cache": (16, _WORD),
+    "packets_out": (24, _WORD),
+    "sacked_out": (28, _WORD),
+    "lost_out": (32, _WORD),
+    "retrans_out": (36, _WORD),
+    "srtt_us": (68, _WORD),
+    "snd_ssthresh": (76, _WORD),
+    "snd_cwnd": (80, _WORD),
+    "total_retrans": (100, _WORD),
+    "bytes_acked": (120, _LONG),
+    "bytes_received": (128, _LONG),
+    "segs_out": (136, _WORD),
+    "segs_in": (140, _WORD),
+    "rtt_min": (148, _WORD),
+    "data_segs_in": (152, _WORD),
+    "data_segs_out": (156, _WORD),
+    "delivered": (192, _WORD),
+    "delivered_ce": (196, _WORD),
+    "dsack_dups": (216, _WORD),
+}
+_TCP_INFO_SIZE = 220
 #: By the socket's inode: sockets that a `Sock` is kept for.
 _SOCKS: WeakValueDictionary[int, Sock] = WeakValueDictionary()
 #: By what they share: namespace, protocol, family, address, port and device.
@@ -123,7 +148,7 @@ def _look(sock: Sock, opened: socket.socket) -> None:
         if sock.family == socket.AF_INET6:
             sock.v6only = bool(opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
     sock.state = _state(sock, opened, peer is not None)
-    _join(sock, bool(_option(opened, SO_REUSEPORT)), opened.getsockopt(SOL_SOCKET, SO_NETNS_COOKIE, _COOKIE.size))
+    _join(sock, opened)
 
 
 def _peer(opened: socket.socket) -> tuple[str, int] | None:
@@ -141,21 +166,33 @@ def _packed(family: int, address: str, port: int) -> tuple[bytes, int]:
 
 def _state(sock: Sock, opened: socket.socket, connected: bool) -> int:
     if (sock.type, sock.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
-        return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+        state = info[0]
+        if state != BPF_TCP_LISTEN:
+            sock.tcp = {name: field.unpack_from(info, at)[0] for name, (at, field) in _TCP_INFO.items()}
+            # The three bits that Linux keeps beyond microseconds are not told.
+            sock.tcp["srtt_us"] <<= 3
+        return state
     if connected:
         return BPF_TCP_ESTABLISHED
     return BPF_TCP_LISTEN if _option(opened, SO_ACCEPTCONN) else BPF_TCP_CLOSE
 
 
-def _join(sock: Sock, shares: bool, namespace: bytes) -> None:
+def _join(sock: Sock, opened: socket.socket) -> None:
     """Put the socket into the group that it shares its port with, which it leaves when it is connected."""
     waits = sock.state == (BPF_TCP_LISTEN if sock.protocol == socket.IPPROTO_TCP else BPF_TCP_CLOSE)
-    joins = shares and waits and sock.local_port > 0 and sock.family in (socket.AF_INET, socket.AF_INET6)
+    joins = (
+        _option(opened, SO_REUSEPORT)
+        and waits
+        and sock.local_port > 0
+        and sock.family in (socket.AF_INET, socket.AF_INET6)
+    )
     if not joins:
         # One that has the option no longer stays where it is.
         if sock.reuseport is not None and not waits:
             sock.reuseport.remove(sock)
     elif sock.reuseport is None:
+        namespace = opened.getsockopt(SOL_SOCKET, SO_NETNS_COOKIE, _COOKIE.size)
         shared = namespace, sock.protocol, sock.family, sock.local, sock.local_port, sock.bound_dev_if
         group = _GROUPS.setdefault(shared, ReuseportGroup())
         for other in list(group.socks):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mapcode import Code, attempt, call, copy, described_value, made, mov, put, stack, the_map
 from sides import Side
-from socks import MAPS, OUT, WORDS, element, here, keep_result, looker
+from socks import MAPS, OUT, WORDS, element, here, keep, keep_result, looker
 
 from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.events import run_event
@@ -420,3 +420,32 @@ def by_emulator(program: int, side: Side, first: socket.socket) -> int:
     event = run_event(side.backend.program(program), sock=sock_of(first.fileno()), packet=packet)
     selected = event.context["selected"]
     return int(selected.descriptor)
+
+
+#: What a process is not told, or not all bits of.
+UNTOLD = {"rcv_nxt", "snd_nxt", "snd_una", "ecn_flags", "rate_delivered", "rate_interval_us", "srtt_us"}
+
+
+@pytest.mark.parametrize("name", ["tcp client", "tcp child"])
+def test_what_a_connection_has_counted(kernel: Side, emulator: Side, sockets: Sockets, name: str) -> None:
+    client, child = sockets.named["tcp client"], sockets.named["tcp child"]
+    for one, other in ((client, child), (child, client)) * 3:
+        one.sendall(bytes(5000))
+        left = 5000
+        while left:
+            left -= len(other.recv(left))
+    fields = [(name, field) for name, field in STRUCTS["bpf_tcp_sock"].fields.items() if name not in UNTOLD]
+    body: Code = []
+    for place, (_, field) in enumerate(fields):
+        body += keep(field.offset, field.size, 8 * place, 6)
+    program = found_in_map([
+        *copy(1, 8), *call("tcp_sock"), Instruction(ebpf.JMP | ebpf.JEQ, 0, 0, len(body) + 1), *copy(6, 0), *body
+    ])  # fmt: skip
+    results = []
+    for side in (kernel, emulator):
+        with made(side, MapSpec(type="sockmap", key_size=4, value_size=8, max_entries=1)) as (fd,):
+            side.backend.map_update(fd, key(0), struct.pack("=q", sockets.named[name].fileno()))
+            with looker(side, program, here, more=(fd,)) as look:
+                shown = memoryview(struct.pack("=40I", *look(b"")[1:])).cast("Q")
+                results.append({name: shown[place] for place, (name, _) in enumerate(fields)})
+    assert results[1] == results[0]

@@ -89,7 +89,10 @@ class LocalStorage(Map):
 
 
 class SocketStorage(LocalStorage):
-    """Linux 5.2. A socket is known by its cookie."""
+    """Linux 5.2. A socket is known by its cookie.
+
+    BPF_F_CLONE is taken, but a connection does not inherit its listener's value: a process is not told whose it is.
+    """
 
     type = "sk_storage"
 
