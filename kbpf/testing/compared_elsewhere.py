@@ -70,7 +70,7 @@ HELPERS: dict[str, Elsewhere] = _table((
     (_EVENTS, "tracing_helpers it_gives_what_the_kernel_gives", "get_branch_snapshot, get_attach_cookie"),
     (_EVENTS, "tracing_helpers an_event_has_a_cookie_and_a_function", "get_func_ip"),
     (_EVENTS, "tracing_helpers an_event_has_a_count_and_branches", "perf_prog_read_value, read_branch_records"),
-    (_NO_TEST_RUN, "hooks what_the_system_call_returns", "get_retval, set_retval"),
+    (_NO_TEST_RUN, "cgroup_contexts what_the_system_call_returns", "get_retval, set_retval"),
     (_NO_TEST_RUN, "sock_ops options_are_reserved_and_written", "load_hdr_opt, reserve_hdr_opt, store_hdr_opt"),
     (_NO_TEST_RUN, "cgroup_machine sysctls", "sysctl_get_current_value, sysctl_get_name"),
     (_NO_TEST_RUN, "cgroup_machine sysctls", "sysctl_get_new_value, sysctl_set_new_value"),
