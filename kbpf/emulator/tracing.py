@@ -40,7 +40,7 @@ RECORD_HEADER = 8
 
 
 class Access(NamedTuple):
-    """What programs of a type read: from `first` to `end`, below `whole` only all of an eight-byte word at once."""
+    """What programs of a type read: from `first` to `end`; loads at an offset below `whole` are of eight bytes."""
 
     first: int
     end: int
@@ -50,8 +50,8 @@ class Access(NamedTuple):
 ACCESS = {
     "tracepoint": Access(RECORD_HEADER, _MOST_RECORD),
     "raw_tracepoint": Access(0, 8 * MOST_ARGUMENTS),
-    # The first argument is the address of what may be written.
-    "raw_tracepoint_writable": Access(0, 8 * MOST_ARGUMENTS, whole=8),
+    # The first argument is the address of what may be written; Linux looks only at loads that begin where it does.
+    "raw_tracepoint_writable": Access(0, 8 * MOST_ARGUMENTS, whole=1),
     "perf_event": Access(0, _PERF_DATA.size, whole=REGISTERS_SIZE),
     "kprobe": Access(0, REGISTERS_SIZE),
 }

@@ -42,6 +42,8 @@ def explain_denied(
         return _capability_in_namespace("CAP_NET_RAW", "opening a packet socket")
     if operation.startswith("SO_"):
         return _socket_option(operation, errno, socket)
+    if operation == "event_attach":
+        return refused_by_object(operation, errno)
     if operation not in COMMANDS:
         return ()
     blocked = probes.bpf_answers()

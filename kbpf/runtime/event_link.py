@@ -44,6 +44,6 @@ def attach_event(program: Program, source: EventSource, cookie: int = 0) -> Even
         from kbpf.elf.executable import function_offset
 
         source = replace(source, offset=function_offset(source.path, source.offset))
-    with doing(program._backend, f"attach {program.label} to {source}", operation="link_create"):
+    with doing(program._backend, f"attach {program.label} to {source}", operation="event_attach"):
         fd = program._backend.event_attach(program.fileno(), source, cookie)
     return EventLink(program, source, fd)

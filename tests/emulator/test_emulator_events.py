@@ -366,6 +366,10 @@ def test_programs_are_attached_and_detached(backend: str) -> None:
                 program.attach(RENAME)
             assert caught.value.errno == errno.EEXIST
             link.detach()
+        more = ProgramSpec(type="tracepoint", instructions=(I(LDX | ebpf.DW, 0, 1, 48), EXIT))
+        refused = pytest.raises(kbpf.PermissionDeniedError, match="more than the event's record")
+        with kbpf.load_program(more, backend=backend) as reader, refused:
+            reader.attach(RENAME)
         after = counted(program)
         happen()
         assert counted(program) == after

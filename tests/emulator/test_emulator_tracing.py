@@ -7,6 +7,8 @@ import errno
 import pytest
 from sides import Outcome, Side
 
+from kbpf.emulator.events import run_event
+from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
@@ -100,6 +102,33 @@ def test_raw_tracepoints_read_arguments_in_any_size(kernel: Side, emulator: Side
         outcome = run(kernel, "raw_tracepoint", *program, context=ARGUMENTS[:given].ljust(given, b"\xee"))
         assert run(emulator, "raw_tracepoint", *program, context=ARGUMENTS[:given].ljust(given, b"\xee")) == outcome
     assert not run(kernel, "raw_tracepoint", *program, context=ARGUMENTS).refused
+
+
+#: Around where contexts begin and end, and where their parts meet.
+PLACES = [*range(20), *range(84, 104), *range(156, 196), *range(8176, 8200)]
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("written", [False, True])
+def test_contexts_are_reached_where_the_kernel_lets_programs(
+    kernel: Side, emulator: Side, type: str, written: bool
+) -> None:
+    """What the kernel refuses to load faults when it runs."""
+    for code in SIZES.values():
+        for at in PLACES:
+            access = I(STX | code, 1, 2, at) if written else I(LDX | code, 0, 1, at)
+            wanted = spec(type, I(MOV_K, 2), access, ZERO, EXIT)
+            fd = emulator.backend.program_load(wanted, [])
+            try:
+                if type == "syscall":
+                    emulator.backend.program_run(fd, b"", bytes(9000))
+                else:
+                    run_event(emulator.backend.program(fd), bytes(9000))  # type: ignore[attr-defined]  # the emulator's
+                reached = True
+            except EmulationFault:
+                reached = False
+            emulator.backend.close(fd)
+            assert reached == (not refusal(kernel, wanted)[0]), (at, code)
 
 
 SPILL = I(STX | ebpf.DW, 10, 1, -8)
