@@ -203,6 +203,13 @@ class Uprobe:
     returns: bool = False
     pid: int | None = None
 
+    def __post_init__(self) -> None:
+        if "\0" in self.path:
+            raise ValueError("a path has no NUL byte")
+        if isinstance(self.offset, int):
+            _check_range("offset", self.offset, 1 << 64)
+        _check_range("pid", self.pid, 1 << 31, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerfEvent:
@@ -221,6 +228,14 @@ class PerfEvent:
     def __post_init__(self) -> None:
         if self.pid is None and self.cpu is None:
             raise ValueError("a perf event is of a process, or on a processor")
+        for name, limit in (("type", 1 << 32), ("config", 1 << 64), ("period", 1 << 63), ("cpu", 1 << 31)):
+            _check_range(name, getattr(self, name), limit)
+        _check_range("pid", self.pid, 1 << 31, 1)
+
+
+def _check_range(name: str, value: int | None, limit: int, first: int = 0) -> None:
+    if value is not None and not first <= value < limit:
+        raise ValueError(f"{name}: {value} is not in {first} to {limit - 1}")
 
 
 #: What programs are attached to that is no socket and no device.

@@ -40,6 +40,8 @@ def attach_event(program: Program, source: EventSource, cookie: int = 0) -> Even
     ENOENT for what there is not, EINVAL for a program of another type, EACCES where it reads more than a tracepoint's
     record has, EEXIST where it is on that tracepoint already.
     """
+    if not 0 <= cookie < 1 << 64:
+        raise ValueError(f"a cookie has 64 bits, {cookie} does not fit")
     if isinstance(source, Uprobe) and isinstance(source.offset, str):
         from kbpf.elf.executable import function_offset
 

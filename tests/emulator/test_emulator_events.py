@@ -10,25 +10,25 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mapcode import Code, call, copy, mov
+from mapcode import Code, call, copy, mov, stack
 from sides import Side
 
 import kbpf
 from kbpf import PerfEvent, RawTracepoint, Tracepoint, Uprobe
 from kbpf.elf.executable import function_offset
-from kbpf.emulator import Event, environment, fire
+from kbpf.emulator import Event, current_task, environment, fire
 from kbpf.emulator.memory import Region
 from kbpf.emulator.tracepoints import argument_count
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import EventSource, MapSpec, ProgramSpec
-from kbpf.uapi.constants import BPF_F_SLEEPABLE, PERF_COUNT_SW_PAGE_FAULTS, PERF_TYPE_SOFTWARE
+from kbpf.uapi.constants import BPF_F_SLEEPABLE, BPF_F_USER_STACK, PERF_COUNT_SW_PAGE_FAULTS, PERF_TYPE_SOFTWARE
 
 pytestmark = pytest.mark.requires("kernel")
 
@@ -53,10 +53,12 @@ def _tracefs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_machine() -> Iterator[None]:
-    before = environment.pid_tgid, environment.tracepoints, environment.raw_tracepoints
-    environment.tracepoints, environment.raw_tracepoints = {}, {}
+    names = ("pid_tgid", "tasks", "tracepoints", "raw_tracepoints")
+    before = {name: getattr(environment, name) for name in names}
+    environment.tasks, environment.tracepoints, environment.raw_tracepoints = {}, {}, {}
     yield
-    environment.pid_tgid, environment.tracepoints, environment.raw_tracepoints = before
+    for name, value in before.items():
+        setattr(environment, name, value)
 
 
 def libc() -> str:
@@ -186,6 +188,8 @@ def test_a_uprobe_on_a_function_of_a_child(kernel: Side, emulator: Side, returns
             keep(AX if returns else DI, 16),
             keep(IP, 24),
             [*copy(1, 9), *call("get_func_ip"), I(STX | ebpf.DW, 6, 0, 32)],
+            [*copy(1, 9), *copy(2, 6), I(ebpf.ALU64 | ebpf.ADD, 2, imm=40), *mov(3, 8), *mov(4, BPF_F_USER_STACK)],
+            [*call("get_stack"), I(STX | ebpf.DW, 6, 0, 48)],
             thread=child.pid,
         )
         with attached(kernel, "kprobe", code, source, COOKIE) as value:
@@ -199,6 +203,8 @@ def test_a_uprobe_on_a_function_of_a_child(kernel: Side, emulator: Side, returns
         assert (ip == function) is not returns
         environment.pid_tgid = lambda: child.pid << 32 | child.pid
         with attached(emulator, "kprobe", code, source, COOKIE) as value:
+            current_task().user_stack = words = struct.unpack_from("=Q", truth, 40)
+            assert returns or words == (ip,), "the innermost frame is where the probe is"
             registers = {"ax" if returns else "di": register, "ip": ip}
             assert fire(Uprobe(source.path, source.offset, returns), registers, Event(function=function)) == (0,)
             assert value() == truth
@@ -224,21 +230,20 @@ def test_a_perf_event_of_page_faults(kernel: Side, emulator: Side) -> None:
     del where
     page.close()
     assert truth == ours
-    assert truth[16:32] == struct.pack("=QQ", 1, expected)
+    assert truth[16:48] == struct.pack("=QQqq", 1, expected, 0, -errno.EINVAL)
 
 
 def faults(thread: int, address: int) -> Code:
-    """Keep period and address of a fault at that address; of the value read only whether it could be."""
-    kept = [
-        *keep(168, 16),
-        *keep(176, 24),
-        *copy(1, 9),
-        *copy(2, 10),
-        I(ebpf.ALU64 | ebpf.ADD, 2, imm=-24),
-        *mov(3, 24),
-        *call("perf_prog_read_value"),
-        I(STX | ebpf.DW, 6, 0, 32),
-    ]
+    """Keep period and address of a fault at that address, and what helpers give that ask for the event.
+
+    Of what was counted only whether it could be read: the event goes on counting.
+    """
+    asked = [("perf_prog_read_value", size, 0) for size in (24, 16)]
+    asked += [("read_branch_records", size, flags) for size, flags in ((24, 0), (20, 0), (24, 1), (24, 2))]
+    kept = [*keep(168, 16), *keep(176, 24)]
+    for number, (helper, size, flags) in enumerate(asked):
+        kept += [*copy(1, 9), *stack(2, -24), *mov(3, size), *mov(4, flags), *call(helper)]
+        kept.append(I(STX | ebpf.DW, 6, 0, 32 + 8 * number))
     return [
         I(LDX | ebpf.DW, 3, 1, 176),
         *ld_imm64(2, address),
@@ -402,6 +407,24 @@ def test_raw_tracepoints_run_with_arguments(backend: str) -> None:
 
 
 # What needs no kernel.
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Uprobe("/bin/sh\0", 0),
+        lambda: Uprobe("/bin/sh", -1),
+        lambda: Uprobe("/bin/sh", 0, pid=0),
+        lambda: PerfEvent(type=1, config=0, period=1),
+        lambda: PerfEvent(type=1, config=0, period=-1, cpu=0),
+        lambda: PerfEvent(type=1, config=0, period=1, pid=-1),
+        lambda: PerfEvent(type=1 << 32, config=0, period=1, cpu=0),
+    ],
+)
+def test_events_that_there_cannot_be(wrong: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"NUL|not in|of a process"):
+        wrong()
+
 
 FORK = """name: fork
 ID: 366
