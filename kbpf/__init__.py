@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from kbpf.runtime.captures import run_capture
     from kbpf.runtime.collection import Collection, load
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
-    from kbpf.runtime.link import Link
+    from kbpf.runtime.interface import attached_programs
+    from kbpf.runtime.link import InterfaceLink, Link, SocketLink
     from kbpf.runtime.map import Map
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
@@ -47,6 +48,7 @@ _HOMES = {
     "CollectionSpec": "specs",
     "Filter": "runtime.filter",
     "FilterSpec": "specs",
+    "InterfaceLink": "runtime.link",
     "Link": "runtime.link",
     "Map": "runtime.map",
     "Packets": "runtime.packets",
@@ -56,9 +58,11 @@ _HOMES = {
     "ProgramSpec": "specs",
     "RawTracepoint": "specs",
     "RunResult": "runtime.program",
+    "SocketLink": "runtime.link",
     "Tracepoint": "specs",
     "Uprobe": "specs",
     "attach": "runtime.attach",
+    "attached_programs": "runtime.interface",
     "bcc": "",
     "compile": "runtime.filter",
     "compile_ebpf": "runtime.filter",
@@ -80,6 +84,7 @@ __all__ = [
     "FilterError",
     "FilterSpec",
     "FilterSyntaxError",
+    "InterfaceLink",
     "KbpfError",
     "Link",
     "Map",
@@ -95,10 +100,12 @@ __all__ = [
     "ProgramSpec",
     "RawTracepoint",
     "RunResult",
+    "SocketLink",
     "Tracepoint",
     "Uprobe",
     "VerifierError",
     "attach",
+    "attached_programs",
     "bcc",
     "compile",
     "compile_ebpf",

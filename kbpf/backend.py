@@ -19,6 +19,8 @@ from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
 BackendName = Literal["kernel", "emulator"]
 #: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
 Engine = Literal["auto", "interpreter", "jit"]
+#: What has pins and ids.
+ObjectKind = Literal["map", "program", "link"]
 
 
 #: Why nobody can change a filter.
@@ -86,6 +88,25 @@ class ProgramInfo(NamedTuple):
     tag: bytes
     map_ids: tuple[int, ...]
     gpl_compatible: bool
+
+
+class LinkInfo(NamedTuple):
+    """``struct bpf_link_info``, as far as both backends know it."""
+
+    type: str
+    id: int
+    program_id: int
+    attach_type: str = ""
+    #: The interface's index; 0 once the link is detached or the interface is gone.
+    ifindex: int = 0
+
+
+class Attached(NamedTuple):
+    """What BPF_PROG_QUERY tells of a place: a number that each change makes larger, programs and links in order."""
+
+    revision: int
+    program_ids: tuple[int, ...]
+    link_ids: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -263,6 +284,37 @@ class Backend(Protocol):
         """
         ...
 
+    # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``.
+
+    def link_create(
+        self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
+    ) -> int:
+        """BPF_LINK_CREATE (Linux 5.7; XDP 5.9, tcx 6.6).
+
+        `flags` are XDP_FLAGS_*_MODE for XDP, and for tcx BPF_F_BEFORE or BPF_F_AFTER what `relative` means: a program's
+        descriptor, or with BPF_F_LINK a link's, with BPF_F_ID its id; 0 is all that is there. ESTALE where `revision`
+        is given and not the place's.
+        """
+        ...
+
+    def link_update(self, link: int, program: int, old: int | None = None) -> None:
+        """BPF_LINK_UPDATE; EPERM where `old` is given and not the program that is there, ENOLINK once detached."""
+        ...
+
+    def link_detach(self, link: int) -> None:
+        """BPF_LINK_DETACH (Linux 5.9)."""
+        ...
+
+    def link_info(self, link: int) -> LinkInfo: ...
+
+    def program_query(self, target: int, attach_type: str) -> Attached:
+        """BPF_PROG_QUERY of a place with an order (tcx)."""
+        ...
+
+    def interface_index(self, name: str) -> int:
+        """The index of a network interface; ENODEV for an unknown name."""
+        ...
+
     # Pins and ids; `kind` says what is wanted, the kernel checks.
 
     def pin(self, fd: int, path: str) -> None: ...
@@ -273,9 +325,9 @@ class Backend(Protocol):
         """Remove a pin; ENOENT if there is none."""
         ...
 
-    def open_by_id(self, kind: Literal["map", "program"], id: int) -> int: ...
+    def open_by_id(self, kind: ObjectKind, id: int) -> int: ...
 
-    def ids(self, kind: Literal["map", "program"]) -> list[int]: ...
+    def ids(self, kind: ObjectKind) -> list[int]: ...
 
     # Sockets. The emulator takes its own sockets, and those that it was asked by name to filter in user space.
 

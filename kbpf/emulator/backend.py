@@ -12,12 +12,16 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
+from weakref import WeakValueDictionary
 
 from kbpf.backend import (
+    Attached,
     BackendName,
     Batch,
     Engine,
+    LinkInfo,
     MapInfo,
+    ObjectKind,
     ProgramInfo,
     RawRun,
     RunOptions,
@@ -25,7 +29,7 @@ from kbpf.backend import (
     TraceStep,
     refused_by_object,
 )
-from kbpf.emulator import maps, network, sockets, test_runs, trace
+from kbpf.emulator import links, maps, network, sockets, test_runs, trace
 from kbpf.emulator.attached import Attachment, attach
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
@@ -41,7 +45,11 @@ FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
 
 
-Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment"
+Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment | links.Link"
+
+_OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {"map": MAPS, "program": PROGRAMS, "link": links.LINKS}
+#: The type of programs that each place for links takes.
+_LINKED = {"xdp": "xdp", "tcx_ingress": "sched_cls", "tcx_egress": "sched_cls"}
 
 
 class EmulatorBackend:
@@ -56,7 +64,7 @@ class EmulatorBackend:
         self._engine = engine
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(FIRST_DESCRIPTOR)
-        self._pins: dict[str, Map | Program] = {}
+        self._pins: dict[str, Map | Program | links.Link] = {}
 
     def possible_cpus(self) -> int:
         return environment.cpus
@@ -67,7 +75,7 @@ class EmulatorBackend:
             run_due()
         finally:
             del self._handles[fd]
-            if isinstance(handle, (MapFile, Attachment)):
+            if isinstance(handle, (MapFile, Attachment, links.Link)):
                 handle.closed()
 
     def duplicate(self, fd: int) -> int:
@@ -83,6 +91,20 @@ class EmulatorBackend:
         """The program behind a descriptor; EBADF or EINVAL."""
         found = self._handle(fd)
         if not isinstance(found, Program):
+            raise refused(errno.EINVAL)
+        return found
+
+    def program_by_id(self, id: int) -> Program:
+        """The program with an id; ENOENT."""
+        found = PROGRAMS.get(id)
+        if found is None:
+            raise refused(errno.ENOENT)
+        return found
+
+    def link(self, fd: int) -> links.Link:
+        """The link behind a descriptor; EBADF or EINVAL."""
+        found = self._handle(fd)
+        if not isinstance(found, links.Link):
             raise refused(errno.EINVAL)
         return found
 
@@ -112,11 +134,11 @@ class EmulatorBackend:
     def _open(self, handle: Handle) -> int:
         fd = next(self._numbers)
         self._handles[fd] = handle
-        if isinstance(handle, (MapFile, Attachment)):
+        if isinstance(handle, (MapFile, Attachment, links.Link)):
             handle.opened()
         return fd
 
-    def _reopen(self, found: Map | Program, flags: int = 0) -> int:
+    def _reopen(self, found: Map | Program | links.Link, flags: int = 0) -> int:
         return self._open(MapFile(found, flags) if isinstance(found, Map) else found)
 
     # Maps.
@@ -197,7 +219,7 @@ class EmulatorBackend:
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         network.settle()
         found = self._handle(fd)
-        if isinstance(found, (Program, Attachment)):
+        if isinstance(found, (Program, Attachment, links.Link)):
             raise refused(errno.ENODEV)
         return found.memory(offset, size, writable)
 
@@ -252,6 +274,9 @@ class EmulatorBackend:
         if isinstance(found, MapFile):
             found.map.users += 1
             self._pins[path] = found.map
+        elif isinstance(found, links.Link):
+            found.opened()
+            self._pins[path] = found
         elif isinstance(found, Program):
             self._pins[path] = found
         else:
@@ -279,6 +304,8 @@ class EmulatorBackend:
             raise refused(errno.ENOENT)
         if isinstance(found, Map):
             release(found)
+        elif isinstance(found, links.Link):
+            found.closed()
 
     def open_pinned(self, path: str, flags: int = 0) -> int:
         found = self._pins.get(path)
@@ -286,14 +313,63 @@ class EmulatorBackend:
             raise refused(errno.ENOENT)
         return self._reopen(found, flags)
 
-    def open_by_id(self, kind: Literal["map", "program"], id: int) -> int:
-        found = (MAPS if kind == "map" else PROGRAMS).get(id)
+    def open_by_id(self, kind: ObjectKind, id: int) -> int:
+        found = _OBJECTS[kind].get(id)
         if found is None:
             raise refused(errno.ENOENT)
         return self._reopen(found)
 
-    def ids(self, kind: Literal["map", "program"]) -> list[int]:
-        return sorted(MAPS if kind == "map" else PROGRAMS)
+    def ids(self, kind: ObjectKind) -> list[int]:
+        return sorted(_OBJECTS[kind])
+
+    # Links.
+
+    def link_create(
+        self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
+    ) -> int:
+        found = self.program(program)
+        if attach_type not in _LINKED:
+            raise OSError(errno.EOPNOTSUPP, f"the emulator does not attach programs to {attach_type} yet")
+        if found.type != _LINKED[attach_type]:
+            raise refused(errno.EINVAL)
+        with network.current().lock:
+            device = network.current().by_index(target)
+            if attach_type == "xdp":
+                if device is None:
+                    raise refused(errno.EINVAL)
+                made: links.Link = links.attach_xdp(found, device, flags)
+            else:
+                if device is None:
+                    raise refused(errno.ENODEV)
+                made = links.attach_tcx(found, device, attach_type, flags, relative, revision, self)
+            links.LINKS[made.id] = made
+            return self._open(made)
+
+    def link_update(self, link: int, program: int, old: int | None = None) -> None:
+        found = self.link(link)
+        with network.current().lock:
+            found.update(self.program(program), None if old is None else self.program(old))
+
+    def link_detach(self, link: int) -> None:
+        found = self.link(link)
+        with network.current().lock:
+            found.detach()
+
+    def link_info(self, link: int) -> LinkInfo:
+        found = self.link(link)
+        index = found.device.index if found.device is not None else 0
+        return LinkInfo(found.type, found.id, found.program.id, found.attach_type, index)
+
+    def program_query(self, target: int, attach_type: str) -> Attached:
+        device = network.current().by_index(target)
+        if device is None:
+            raise refused(errno.ENODEV)
+        chain = device.tcx.get(attach_type, links.Chain())
+        programs = tuple(link.program.id for link in chain.links)
+        return Attached(chain.revision, programs, tuple(link.id for link in chain.links))
+
+    def interface_index(self, name: str) -> int:
+        return network.current().interface(name).index
 
     # Sockets.
 

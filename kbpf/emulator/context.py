@@ -1,12 +1,14 @@
 """`struct __sk_buff` as programs see it: fields computed from a `Packet`, and the bytes where programs reach them.
 
 Which fields a type's programs may read and write are the `*_is_valid_access` rules of net/core/filter.c, measured on
-Linux 6.18. A load of `data` gives an address in the packet's region, which begins at offset 0 and ends with the packet.
+Linux 6.18. A load of `data` gives an address in the packet's region, which begins at offset 0, or with the
+metadata that XDP put before it, and ends with the packet.
 """
 
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -55,9 +57,9 @@ _READ: dict[str, Callable[[Packet], int]] = {
     # In network order, in the field's upper half.
     "remote_port": lambda packet: socket.htons(_socket(packet).remote_port) << 16,
     "local_port": lambda packet: _socket(packet).local_port,
-    "data": lambda packet: PACKET_ADDRESS,
+    "data": lambda packet: PACKET_ADDRESS + packet.metadata,
     "data_meta": lambda packet: PACKET_ADDRESS,
-    "data_end": lambda packet: PACKET_ADDRESS + len(packet.buffer) - packet.offset,
+    "data_end": lambda packet: PACKET_ADDRESS + packet.metadata + len(packet.buffer) - packet.offset,
 }
 #: How many bytes of a field that programs set are kept.
 _WRITE = {"mark": 4, "priority": 4, "tc_index": 2, "tc_classid": 2, "queue_mapping": 2, "tstamp": 8}
@@ -90,6 +92,7 @@ _KEPT = {
     for name in names
 }  # fmt: skip
 _CB = _LAYOUT.fields["cb"]
+_CB_WORDS = struct.Struct(f"={_CB.count}I")
 _CB_END = _CB.offset + _CB.size * _CB.count
 
 
@@ -139,10 +142,16 @@ class SkBuff:
         if self.access.direct:
             packet.buffer = bytearray(packet.buffer)
 
+    @property
+    def words(self) -> tuple[int, int, int, int, int]:
+        """``cb`` as the packet keeps it."""
+        return _CB_WORDS.unpack(self.cb)
+
     def show(self, run: Run) -> None:
         if self.access.direct:
             packet = self.packet
-            run.show(memoryview(packet.buffer)[packet.offset :], self.access.writes_packet)
+            start = packet.offset - packet.metadata
+            run.show(memoryview(packet.buffer)[start:], self.access.writes_packet, packet.metadata)
 
     def load(self, offset: int, size: int) -> int | None:
         if offset % size:

@@ -9,6 +9,7 @@ from kbpf.emulator import ethernet
 from kbpf.emulator.replay import Replay
 
 if TYPE_CHECKING:
+    from kbpf.emulator.links import Chain, XdpLink
     from kbpf.emulator.network import Network
 
 LOOPBACK_MTU, ETHERNET_MTU = 65536, 1500
@@ -45,10 +46,19 @@ class EmulatedInterface:
     #: The receive queue that its driver notes on a packet, counted from 1; 0: it notes none (`skb_record_rx_queue`).
     queue: int = 0
     counters: Counters = field(default_factory=Counters)
+    #: The XDP program in the driver, or on socket buffers; and the traffic control programs by attach type.
+    xdp_native: XdpLink | None = field(default=None, repr=False)
+    xdp_generic: XdpLink | None = field(default=None, repr=False)
+    tcx: dict[str, Chain] = field(default_factory=dict, repr=False)
 
     @property
     def loopback(self) -> bool:
         return self.hatype == ethernet.ARPHRD_LOOPBACK
+
+    @property
+    def runs_xdp(self) -> bool:
+        """Whether its driver has a place for XDP programs, as Ethernet devices' and veth's have, and loopback's not."""
+        return self.hatype == ethernet.ARPHRD_ETHER
 
     @property
     def header(self) -> int:

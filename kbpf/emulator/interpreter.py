@@ -180,9 +180,10 @@ class Run(Space):
     def fields(self, number: int) -> Fields | None:
         return self.context if number == CONTEXT else super().fields(number)
 
-    def show(self, buffer: MutableBuffer, writable: bool) -> None:
-        """What programs reach of the packet from `PACKET_ADDRESS` on, which is offset 0 of packet loads."""
-        self.readable[PACKET] = self.state[DATA] = buffer
+    def show(self, buffer: MutableBuffer, writable: bool, before: int = 0) -> None:
+        """What programs reach of the packet from `PACKET_ADDRESS` on; packet loads begin `before` bytes later."""
+        self.readable[PACKET] = buffer
+        self.state[DATA] = buffer[before:] if before else buffer
         if writable:
             self.writable[PACKET] = buffer
 

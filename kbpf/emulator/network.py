@@ -25,6 +25,7 @@ from kbpf.emulator.clock import run_due
 from kbpf.emulator.datapath import Datapath, Frame, ProtocolHandler, backlog
 from kbpf.emulator.ethernet import Tag
 from kbpf.emulator.interface import ETHERNET_MTU, LOOPBACK_MTU, EmulatedInterface
+from kbpf.emulator.links import detach_all
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
 from kbpf.emulator.slot import error
@@ -41,7 +42,7 @@ class Network:
 
     def __init__(self) -> None:
         self.lock = backlog.lock
-        self.path = Datapath(self._listening)
+        self.path = Datapath(self._listening, self.by_index)
         self._interfaces: dict[str, EmulatedInterface] = {}
         self._indices = itertools.count(1)
         self._sockets: weakref.WeakSet[EmulatedPacketSocket] = weakref.WeakSet()
@@ -79,7 +80,7 @@ class Network:
         return one, other
 
     def remove_interface(self, name: str) -> None:
-        """Take an interface away; ``lo`` stays. Sockets bound to it fall silent."""
+        """Take an interface away; ``lo`` stays. Sockets bound to it fall silent, and links to it are detached."""
         with self.lock:
             interface = self.interface(name)
             if interface.loopback:
@@ -87,6 +88,7 @@ class Network:
             if interface.peer is not None:
                 interface.peer.peer = None
             interface.peer = None
+            detach_all(interface)
             interface.network = None
             del self._interfaces[name]
 
@@ -96,6 +98,10 @@ class Network:
             return self._interfaces[name]
         except KeyError:
             raise error(errno.ENODEV) from None
+
+    def by_index(self, index: int) -> EmulatedInterface | None:
+        """The interface with that index; None if there is none."""
+        return next((i for i in self._interfaces.values() if i.index == index), None)
 
     # Frames.
 
@@ -137,19 +143,21 @@ class Network:
             elif pkt_type is None and device.loopback:
                 self.transmit(device, frame, None)
             else:
-                backlog.put(device, self.path.incoming(device, frame), pkt_type)
+                self.path.receive(device, self.path.incoming(device, frame), pkt_type)
 
-    def transmit(self, device: EmulatedInterface, frame: Frame, sender: EmulatedPacketSocket | None) -> None:
-        """Send a frame out of an interface, to where its cable ends."""
-        self.send(device, self.path.outgoing(device, frame), sender)
+    def transmit(self, device: EmulatedInterface, frame: Frame, sender: EmulatedPacketSocket | None) -> int:
+        """Send a frame out of an interface, to where its cable ends; see `send`."""
+        return self.send(device, self.path.outgoing(device, frame), sender)
 
-    def send(self, device: EmulatedInterface, packet: Packet, sender: EmulatedPacketSocket | None = None) -> None:
+    def send(self, device: EmulatedInterface, packet: Packet, sender: EmulatedPacketSocket | None = None) -> int:
         """Send a packet, offset 0 its link header, out of an interface (`dev_queue_xmit`).
+
+        Gives NET_XMIT_SUCCESS (0), or NET_XMIT_DROP (1) where it was thrown away on the way to the cable.
 
         ETH_P_ALL sockets other than `sender` see it. What it leads to has happened when this returns, or, from within a
         protocol's handler, when that has returned.
         """
-        self.path.transmit(device, packet, sender)
+        return self.path.transmit(device, packet, sender)
 
     def handle(self, protocol: int, handler: ProtocolHandler) -> None:
         """Have received packets of an EtherType given to `handler`, offset 0 their network header (`dev_add_pack`)."""

@@ -7,11 +7,15 @@ packets (an emulated interface, a socket, BPF_PROG_TEST_RUN) builds one; program
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbpf.emulator.internet_checksum import add, partial, shift
 from kbpf.emulator.memory import M32
 from kbpf.emulator.sock import Sock
+
+if TYPE_CHECKING:
+    from kbpf.emulator.interface import EmulatedInterface
 
 #: Bytes that drivers leave before a packet, and the step in which more are made.
 NET_SKB_PAD = 64
@@ -24,6 +28,17 @@ class Tunnel:
     key: bytes
     flags: int
     options: bytes | None = None
+
+
+class Redirect(NamedTuple):
+    """What bpf_redirect and its kin have noted down: the device's index, and how (BPF_F_INGRESS)."""
+
+    ifindex: int
+    flags: int = 0
+    #: To the other end of that device's cable (bpf_redirect_peer).
+    peer: bool = False
+    #: With a link header for the next hop: ``struct bpf_redir_neigh``, or empty for the route's (bpf_redirect_neigh).
+    neighbour: bytes | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +97,8 @@ class Packet:
     transport: int | None = None
     #: What was cut off behind `buffer`, and may come back.
     behind: bytes = b""
+    #: Bytes of metadata before offset 0, which an XDP program has put there for traffic control.
+    metadata: int = 0
     #: Bytes that are free before `buffer`.
     headroom: int = NET_SKB_PAD
     #: A tunnel's header was pushed before the packet's own.
@@ -96,9 +113,14 @@ class Packet:
     socket: Sock | None = None
     #: Whether traffic control sees it on its way in.
     at_ingress: bool = False
-    #: Where a program has redirected the packet, and copies that it sent: (interface index, flags), and the bytes.
-    redirected: tuple[int, int] | None = None
-    copies: list[tuple[int, int, bytes]] = field(default_factory=list)
+    #: The device that it is on, where it is on the emulated network.
+    device: EmulatedInterface | None = None
+    #: Where a program has redirected the packet.
+    redirect: Redirect | None = None
+    #: It comes from an XDP program, as bytes and nothing else (``struct xdp_frame``).
+    is_frame: bool = False
+    #: A program has redirected it to this device, and generic XDP leaves it alone (``skb->redirected``).
+    redirected: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 0:
@@ -118,6 +140,10 @@ class Packet:
         """Bytes go out of what is summed up (`skb_postpull_rcsum`)."""
         if self.csum_complete:
             self.csum = add(self.csum, shift(~partial(data, 0) & M32, at))
+
+    def copy(self) -> Packet:
+        """Another one like it, whose bytes are its own."""
+        return replace(self, buffer=bytes(self.buffer), redirect=None)
 
     def push(self, size: int) -> None:
         """Move offset 0 to the front, into what lies there or into zeroes (`skb_push`)."""

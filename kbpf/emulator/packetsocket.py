@@ -170,7 +170,8 @@ class EmulatedPacketSocket(DatagramEndpoint):
         tagged = device.header and ethernet.ether_type(frame) == ethernet.ETH_P_8021Q
         if len(frame) > device.mtu + device.header + (4 if tagged else 0):
             raise error(errno.EMSGSIZE)
-        self.network.transmit(device, Frame(frame, len(frame), time.time_ns(), self._mark), self)
+        if self.network.transmit(device, Frame(frame, len(frame), time.time_ns(), self._mark), self):
+            raise error(errno.ENOBUFS)
         return len(data)
 
     # The socket itself.

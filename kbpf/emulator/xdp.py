@@ -6,8 +6,14 @@ the fragments only through helpers.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
+from kbpf.emulator.packet import Redirect
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.maps.redirect import RedirectMap
 
 _FIELDS = {field.offset: name for name, field in STRUCTS["xdp_md"].fields.items()}
 
@@ -19,35 +25,40 @@ HEADROOM, RESERVED, FRAME, SHARED_INFO = 256, 40, 4096, 320
 class XdpBuff:
     """The context of one run of an XDP program; a `kbpf.emulator.interpreter.Context`.
 
-    `memory` is one frame's; `meta`, `data` and `end` are positions in it: of the metadata, the first byte, and behind
-    the last of the first piece.
+    `memory` is one frame's, of `room` bytes; `meta`, `data` and `end` are positions in it: of the metadata, the first
+    byte, and behind the last of the first piece.
     """
 
     __slots__ = (
         "data",
+        "egress_ifindex",
         "end",
         "fragments",
         "ingress_ifindex",
         "memory",
         "meta",
         "queue",
-        "redirected",
+        "redirect",
         "redirected_by",
     )
 
-    def __init__(self, frame: bytes, *, metadata: int = 0, fragments: list[bytearray] | None = None) -> None:
-        self.memory = bytearray(FRAME)
+    def __init__(
+        self, frame: bytes, *, metadata: int = 0, fragments: list[bytearray] | None = None, room: int = FRAME
+    ) -> None:
+        self.memory = bytearray(room)
         self.meta = HEADROOM - metadata
         self.data = HEADROOM
         self.end = self.meta + len(frame)
         self.memory[self.meta : self.end] = frame
         self.fragments = fragments or []
         self.ingress_ifindex = 1
+        #: Of a devmap's program: the device that the frame is to leave by.
+        self.egress_ifindex: int | None = None
         self.queue = 0
-        #: Where the program has redirected the frame: (interface index, flags).
-        self.redirected: tuple[int, int] | None = None
-        #: Or by which map: (a `kbpf.emulator.maps.redirect.RedirectMap`, index, flags).
-        self.redirected_by: tuple[object, int, int] | None = None
+        #: Where the program has redirected the frame.
+        self.redirect: Redirect | None = None
+        #: Or by which map: (the map, index, flags).
+        self.redirected_by: tuple[RedirectMap, int, int] | None = None
 
     @property
     def length(self) -> int:
@@ -66,7 +77,11 @@ class XdpBuff:
             return PACKET_ADDRESS + self.data - self.meta
         if name == "data_end":
             return PACKET_ADDRESS + self.end - self.meta
-        return {"ingress_ifindex": self.ingress_ifindex, "rx_queue_index": self.queue}.get(name)
+        return {
+            "ingress_ifindex": self.ingress_ifindex,
+            "rx_queue_index": self.queue,
+            "egress_ifindex": self.egress_ifindex,
+        }.get(name)
 
     def store(self, offset: int, size: int, value: int) -> bool:
         return False

@@ -11,7 +11,7 @@ from kbpf.uapi.enums import COMMANDS
 from kbpf.uapi.structs import ATTRS, STRUCTS, Struct
 
 # What the kernel calls the files behind the descriptors that each info structure tells of.
-_FILES = {"bpf_map_info": "bpf-map", "bpf_prog_info": "bpf-prog", "bpf_btf_info": "btf"}
+_FILES = {"bpf_map_info": "bpf-map", "bpf_prog_info": "bpf-prog", "bpf_link_info": "bpf_link", "bpf_btf_info": "btf"}
 
 
 def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Literal
 
 from kbpf.backend import Backend, SocketLike
+from kbpf.kernel.links import LinkCommands
 from kbpf.kernel.maps import MapCommands
 from kbpf.kernel.objects import ObjectCommands
 from kbpf.kernel.programs import ProgramCommands
@@ -17,7 +18,7 @@ from kbpf.kernel.sockets import SocketCalls
 from kbpf.kernel.tracing import TracingCommands
 
 
-class KernelBackend(MapCommands, ProgramCommands, ObjectCommands, SocketCalls, TracingCommands):
+class KernelBackend(MapCommands, ProgramCommands, LinkCommands, ObjectCommands, SocketCalls, TracingCommands):
     """`kbpf.backend.Backend` on the running kernel."""
 
     name: Literal["kernel"] = "kernel"

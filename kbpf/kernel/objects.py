@@ -1,4 +1,4 @@
-"""Pins (Linux 4.4), ids (4.13) and descriptors of maps and programs."""
+"""Pins (Linux 4.4), ids (4.13) and descriptors of maps, programs and links."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Literal
 
+from kbpf.backend import ObjectKind
 from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, command
 
-Kind = Literal["map", "program"]
-
 # How bpf(2) abbreviates them in its commands and attributes.
-_PREFIX = {"map": "map", "program": "prog"}
+_PREFIX = {"map": "map", "program": "prog", "link": "link"}
 
 
 class ObjectCommands:
-    """The part of the backend that maps and programs have in common."""
+    """The part of the backend that maps, programs and links have in common."""
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -37,11 +35,11 @@ class ObjectCommands:
     def unpin(self, path: str) -> None:
         Path(path).unlink()
 
-    def open_by_id(self, kind: Kind, id: int) -> int:
+    def open_by_id(self, kind: ObjectKind, id: int) -> int:
         prefix = _PREFIX[kind]
         return command(f"{prefix}_get_fd_by_id", **{f"{prefix}_id": id})
 
-    def ids(self, kind: Kind) -> list[int]:
+    def ids(self, kind: ObjectKind) -> list[int]:
         found: list[int] = []
         while True:
             attr = Attr(f"{_PREFIX[kind]}_get_next_id", start_id=found[-1] if found else 0)

@@ -98,7 +98,7 @@ def bpf(command: int, attr: bytearray) -> int:
     """
     # The kernel may write to fields behind the size it was told: the memory is always whole.
     memory = (ctypes.c_char * len(attr)).from_buffer(attr)
-    size = -(-len(attr.rstrip(b"\0")) // 8) * 8
+    size = min(-(-len(attr.rstrip(b"\0")) // 8) * 8, len(attr))
     tries = 0
     while True:
         result = int(_syscall(_SYS_BPF, command, ctypes.addressof(memory), size))

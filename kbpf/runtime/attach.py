@@ -16,13 +16,15 @@ from kbpf.isa import cbpf
 from kbpf.runtime.backends import chosen, get_backend, select_for_socket
 from kbpf.runtime.failures import doing, translate
 from kbpf.runtime.filter import Filter
-from kbpf.runtime.link import Link
+from kbpf.runtime.link import SocketLink
 from kbpf.runtime.program import Program
 
 _DROP_ALL = cbpf.encode([cbpf.stmt(cbpf.RET | cbpf.K, 0)])
 
 
-def attach(socket: Any, what: str | Filter | Program, drain: bool | None = None, backend: str | None = None) -> Link:
+def attach(
+    socket: Any, what: str | Filter | Program, drain: bool | None = None, backend: str | None = None
+) -> SocketLink:
     """Attach an expression, a filter or a program to a live socket.
 
     `socket` is anything with a ``fileno()``: `socket.socket`, asyncio's transport sockets, or an emulated socket.
@@ -47,7 +49,7 @@ def attach(socket: Any, what: str | Filter | Program, drain: bool | None = None,
 
         with doing(carrier, "filter this socket in the emulator", operation="SO_ATTACH_FILTER"):
             socket = wrap(socket)
-    return Link(carrier, socket, put(carrier, socket, what, drain))
+    return SocketLink(carrier, socket, put(carrier, socket, what, drain))
 
 
 def put(

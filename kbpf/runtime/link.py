@@ -1,23 +1,51 @@
-"""A filter on a socket, as long as it is there."""
+"""What is attached, as long as it is there: a filter on a socket, a program on an interface."""
 
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kbpf.backend import Backend
+from kbpf.backend import Backend, LinkInfo
 from kbpf.errors import BpfError
 from kbpf.isa import cbpf
 from kbpf.runtime.failures import doing
 from kbpf.runtime.filter import Filter
 from kbpf.runtime.program import Program
+from kbpf.runtime.resource import Resource
 
 if TYPE_CHECKING:
     from kbpf.specs import Layout
 
+Self = TypeVar("Self", bound="Link")
 
-class Link:
+
+class Link(ABC):
+    """Something attached; leaving ``with`` takes it off."""
+
+    #: What is attached; None once it is off.
+    attached: Filter | Program | None
+
+    @property
+    @abstractmethod
+    def backend(self) -> str:
+        """``"kernel"`` or ``"emulator"``."""
+
+    @abstractmethod
+    def detach(self) -> bool:
+        """Take it off; False if it was off already."""
+
+    @abstractmethod
+    def __enter__(self: Self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class SocketLink(Link):
     """What `kbpf.attach` gives: the socket, and the filter in its one slot.
 
     Keeps the socket object, not its number. Leaving ``with`` detaches, and never raises for a lock or a closed
@@ -29,7 +57,7 @@ class Link:
         #: The filtered socket: the one that was given, or in the emulator what stands in its place.
         self.socket = socket
         #: The filter or program in the slot.
-        self.attached: Filter | Program | None = attached
+        self.attached = attached
         self._layout: Layout = backend.socket_layout(socket)
 
     @property
@@ -94,7 +122,7 @@ class Link:
             raise
         return isinstance(self.attached, Filter) and raw == cbpf.encode(self.attached.instructions)
 
-    def __enter__(self) -> Link:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -109,4 +137,63 @@ class Link:
 
     def __repr__(self) -> str:
         what = "detached" if self.attached is None else repr(self.attached)
-        return f"<Link {what} on {self.socket!r}, {self.backend}>"
+        return f"<SocketLink {what} on {self.socket!r}, {self.backend}>"
+
+
+class InterfaceLink(Resource, Link):
+    """What `Program.attach` gives for an interface: a BPF link (Linux 5.7), which owns a descriptor.
+
+    Closing it takes the program off, as leaving ``with`` does, unless the link is pinned or somebody else has it open.
+    Where the interface goes away the link stays, and leads nowhere.
+    """
+
+    attached: Program | None
+
+    def __init__(self, backend: Backend, fd: int, attached: Program, where: str) -> None:
+        super().__init__(backend, fd, f"link of {attached.label} to {where}")
+        self.attached = attached
+
+    @property
+    def info(self) -> LinkInfo:
+        """The link's type and id, its program's id, and the interface's index, which is 0 once it is off."""
+        with doing(self._backend, f"read the info of the {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.link_info(self.fileno())
+
+    @property
+    def id(self) -> int:
+        return self.info.id
+
+    def update(self, program: Program, *, expected: Program | None = None) -> None:
+        """BPF_LINK_UPDATE: another program of the same type in its place, with no packet between them without one.
+
+        Raises `PermissionDeniedError` (EPERM) where the program there is not the `expected` one, `BpfError` (ENOLINK)
+        once it is detached, `BpfError` (EINVAL) for another type of program. The old program then stays.
+        """
+        if program.backend != self.backend:
+            raise ValueError(f"{program.label} is the {program.backend}'s and the link is the {self.backend}'s")
+        with doing(self._backend, f"update the {self.label}", operation="link_update", program_type=program.type):
+            old = None if expected is None else expected.fileno()
+            self._backend.link_update(self.fileno(), program.fileno(), old)
+        self.attached = program
+
+    def detach(self) -> bool:
+        """BPF_LINK_DETACH (Linux 5.9), whoever else has the link, and close it; False if it was off already."""
+        if self.closed:
+            return False
+        with doing(self._backend, f"detach the {self.label}", operation="link_detach"):
+            was = self._backend.link_info(self.fileno()).ifindex != 0
+            self._backend.link_detach(self.fileno())
+        self.close()
+        return was
+
+    def pin(self, path: str) -> None:
+        """Pin on a BPF file system: the program stays attached when the link is closed, and the process ends."""
+        with doing(self._backend, f"pin the {self.label} at {path}", operation="obj_pin"):
+            self._backend.pin(self.fileno(), path)
+
+    def close(self) -> None:
+        super().close()
+        self.attached = None
+
+    def __repr__(self) -> str:
+        return f"<InterfaceLink {self.label}, {'closed' if self.closed else self.backend}>"

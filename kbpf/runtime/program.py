@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from kbpf.backend import Backend, Engine, TraceStep
 from kbpf.runtime.backends import select
@@ -16,7 +16,7 @@ from kbpf.specs import ProgramSpec
 
 if TYPE_CHECKING:
     from kbpf.runtime.event_link import EventLink
-    from kbpf.runtime.link import Link
+    from kbpf.runtime.link import InterfaceLink, Link, SocketLink
     from kbpf.specs import EventSource
 
 # The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
@@ -56,11 +56,14 @@ class Program(Resource):
         name: str = "",
         maps: Sequence[Map] = (),
         owned: Sequence[Map] = (),
+        attach_type: str | None = None,
     ) -> None:
         super().__init__(backend, fd, f'program "{name}" ({type})' if name else f"program ({type})")
         self.name = name
         #: bpftool's name of the program type.
         self.type = type
+        #: Where it was loaded to be attached, as far as that is known.
+        self.attach_type = attach_type
         self.maps: tuple[Map, ...] = tuple(maps)
         self._owned = tuple(owned)
 
@@ -187,23 +190,61 @@ class Program(Resource):
         return b"" if name is None or (name != "__sk_buff" and not fields) else pack_context(name, fields)
 
     @overload
+    def attach(
+        self,
+        target: str | int,
+        attach_type: str | None = None,
+        *,
+        mode: Literal["generic", "native"] | None = None,
+        before: InterfaceLink | Program | Literal["all"] | None = None,
+        after: InterfaceLink | Program | Literal["all"] | None = None,
+    ) -> InterfaceLink: ...
+
+    @overload
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
 
     @overload
-    def attach(self, target: Any, *, drain: bool | None = None) -> Link: ...
+    def attach(self, target: Any, *, drain: bool | None = None) -> SocketLink: ...
 
-    def attach(self, target: Any, *, drain: bool | None = None, cookie: int = 0) -> Link | EventLink:
-        """Attach to a socket with SO_ATTACH_BPF (Linux 3.19), see `kbpf.attach`; or to an event of the kernel.
+    def attach(
+        self,
+        target: Any,
+        attach_type: str | None = None,
+        *,
+        drain: bool | None = None,
+        cookie: int = 0,
+        mode: Literal["generic", "native"] | None = None,
+        before: InterfaceLink | Program | Literal["all"] | None = None,
+        after: InterfaceLink | Program | Literal["all"] | None = None,
+    ) -> Link | EventLink:
+        """Attach to what programs of this type are attached to; leaving ``with`` on the `Link` takes it off.
 
-        To sockets for programs of type ``socket_filter``. Attaching to an emulated socket needs an emulated program,
-        and the other way round.
+        ``socket_filter``: to a socket, with SO_ATTACH_BPF (Linux 3.19); see `kbpf.attach` for `drain`. Gives a
+        `SocketLink`.
 
-        Events are `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the program gets from
-        bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
+        ``xdp``: to an interface by name or index, with a link (Linux 5.9); `mode` says ``"native"`` (in the driver) or
+        ``"generic"``, by default what the driver can. ``sched_cls``: to an interface with a link (tcx, Linux 6.6);
+        `attach_type` is ``"tcx_ingress"`` or ``"tcx_egress"``, by default what the program was loaded for. It runs
+        behind those that are there, or `before` or `after` one of them or ``"all"``. Gives an `InterfaceLink`. Raises
+        `BpfError`: ENODEV for an unknown interface, EBUSY and EEXIST where an XDP program or this program is already,
+        ENOENT where what it is to go before or after is not there.
+
+        Tracing types: to an event, one of `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the
+        program gets from bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
+
+        Emulated programs go onto emulated sockets and interfaces, and the kernel's onto the kernel's.
         """
+        if self.type in ("xdp", "sched_cls"):
+            from kbpf.runtime.interface import attach_to_interface
+
+            if drain is not None:
+                raise TypeError("an interface has no queue to drain")
+            return attach_to_interface(self, target, attach_type, mode=mode, before=before, after=after)
         from kbpf.runtime.attach import attach
         from kbpf.runtime.event_link import attach_event, is_source
 
+        if (attach_type, mode, before, after) != (None, None, None, None):
+            raise TypeError("attach_type, mode, before and after are of interfaces")
         if is_source(target):
             return attach_event(self, target, cookie)
         return attach(target, self, drain=drain)
@@ -252,7 +293,8 @@ def load_program(
         for map in made:
             map.close()
         raise
-    return Program(chosen, fd, type=spec.type, name=spec.name, maps=used, owned=made)
+    attach_type = spec.expected_attach_type if isinstance(spec.expected_attach_type, str) else None
+    return Program(chosen, fd, type=spec.type, name=spec.name, maps=used, owned=made, attach_type=attach_type)
 
 
 def _maps_for(

@@ -217,6 +217,11 @@ PERF_COUNT_SW_TASK_CLOCK = 1
 PERF_COUNT_SW_PAGE_FAULTS = 2
 PERF_COUNT_SW_CONTEXT_SWITCHES = 3
 
+# XDP attachments (linux/if_link.h).
+XDP_FLAGS_SKB_MODE = 1 << 1
+XDP_FLAGS_DRV_MODE = 1 << 2
+XDP_FLAGS_HW_MODE = 1 << 3
+
 # linux/bpf.h, where it uses #define.
 BPF_OBJ_NAME_LEN = 16
 BPF_TAG_SIZE = 8

@@ -1,13 +1,15 @@
-"""Helpers that send a packet elsewhere. What they did is kept with the packet: `redirected` and `copies`."""
+"""Helpers that send a packet elsewhere: at once (a copy), or when the program has said so by its return value."""
 
 from __future__ import annotations
 
 import errno
 
-from kbpf.emulator.environment import environment
+from kbpf.emulator import network
+from kbpf.emulator.context import SkBuff
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32, M64
+from kbpf.emulator.packet import Redirect
 from kbpf.uapi.constants import BPF_F_INGRESS
 
 _TC_ACT_SHOT, _TC_ACT_REDIRECT = 2, 7
@@ -15,42 +17,47 @@ _TC_ACT_SHOT, _TC_ACT_REDIRECT = 2, 7
 _NEIGHBOUR = 20
 
 
-def _to(run: Run, index: int, flags: int, allowed: int = 0) -> int:
-    if flags & ~allowed & M64:
+def _to(run: Run, redirect: Redirect, allowed: int = 0) -> int:
+    if redirect.flags & ~allowed & M64:
         return _TC_ACT_SHOT
-    run.packet.redirected = index & M32, flags
+    run.packet.redirect = redirect
     return _TC_ACT_REDIRECT
 
 
 def redirect(run: Run, index: int, flags: int, *_: int) -> int:
-    return _to(run, index, flags, BPF_F_INGRESS)
+    return _to(run, Redirect(index & M32, flags), BPF_F_INGRESS)
 
 
 def redirect_peer(run: Run, index: int, flags: int, *_: int) -> int:
-    return _to(run, index, flags)
+    return _to(run, Redirect(index & M32, flags, peer=True))
 
 
 def redirect_neigh(run: Run, index: int, neighbour: int, size: int, flags: int, _: int) -> int:
     size &= M32
-    return _TC_ACT_SHOT if 0 < size < _NEIGHBOUR else _to(run, index, flags)
+    if 0 < size < _NEIGHBOUR:
+        return _TC_ACT_SHOT
+    return _to(run, Redirect(index & M32, flags, neighbour=run.read(neighbour, _NEIGHBOUR) if size else b""))
 
 
 def clone_redirect(run: Run, skb: int, index: int, flags: int, *_: int) -> int:
-    """Send a copy, to an interface that the environment has."""
+    """Send a copy, now; its way ends before this program goes on, or waits in the backlog."""
     check_context(skb)
-    packet, index = run.packet, index & M32
+    packet = run.packet
     if flags & ~BPF_F_INGRESS & M64:
         return -errno.EINVAL
     if packet.gso_size:
         # Without a type of segmentation, as test runs set it up.
         return -errno.EBADMSG
-    if index not in environment.interfaces:
+    # The device of test runs is loopback.
+    on = packet.device.network if packet.device is not None else network.current()
+    target = None if on is None else on.by_index(index & M32)
+    if on is None or target is None:
         return -errno.EINVAL
-    if not packet.length or packet.mac is None or packet.network is None or packet.mac >= packet.network:
-        # Devices as loopback want a link header with something behind it.
-        return -errno.ERANGE
-    packet.copies.append((index, flags, packet.data))
-    return 0
+    copy = packet.copy()
+    buff = run.context
+    if isinstance(buff, SkBuff):
+        copy.cb = buff.words
+    return on.path.send_on(copy, target, flags)
 
 
 HELPERS: dict[str, HelperFunction] = {

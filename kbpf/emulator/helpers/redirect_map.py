@@ -23,8 +23,9 @@ def redirect_map(run: Run, map: int, index: int, flags: int, *_: int) -> int:
     if flags & M64 & ~(_ACTIONS | found.redirect_flags):
         return _ABORTED
     if not flags & BPF_F_BROADCAST and found.target(index & M32) is None:
+        buff.redirect = buff.redirected_by = None
         return flags & _ACTIONS
-    buff.redirected_by = found, index & M32, flags
+    buff.redirect, buff.redirected_by = None, (found, index & M32, flags)
     return _REDIRECT
 
 

@@ -7,6 +7,7 @@ import errno
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32
+from kbpf.emulator.packet import Redirect
 from kbpf.emulator.xdp import FRAME, RESERVED, SHARED_INFO, XdpBuff
 from kbpf.errors import EmulationFault
 
@@ -65,7 +66,7 @@ def xdp_adjust_tail(run: Run, xdp: int, offset: int, *_: int) -> int:
         failed = _lengthen(buff, offset) if offset >= 0 else _shorten(buff, -offset)
     else:
         end = buff.end + offset
-        failed = 0 if buff.data + _ETHERNET <= end <= FRAME - SHARED_INFO else -errno.EINVAL
+        failed = 0 if buff.data + _ETHERNET <= end <= len(buff.memory) - SHARED_INFO else -errno.EINVAL
         if not failed:
             buff.memory[buff.end : end] = bytes(max(offset, 0))
             buff.end = end
@@ -129,7 +130,8 @@ def redirect(run: Run, index: int, flags: int, *_: int) -> int:
         return _ABORTED
     buff = run.context
     assert isinstance(buff, XdpBuff)
-    buff.redirected = index & M32, flags
+    buff.redirect = Redirect(index & M32)
+    buff.redirected_by = None
     return _REDIRECT
 
 

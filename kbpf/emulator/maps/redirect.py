@@ -1,6 +1,7 @@
 """Where bpf_redirect_map sends packets: devices, processors, AF_XDP sockets (kernel/bpf/devmap.c, cpumap.c, net/xdp).
 
-Devices are those of `environment.interfaces`. A device or processor may have an XDP program that runs there first:
+Devices are those of the emulated network, and of `environment.interfaces`.
+A device or processor may have an XDP program that runs there first:
 user space writes its descriptor and reads its id.
 """
 
@@ -11,13 +12,18 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from kbpf.emulator import network
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import Map, refused
 from kbpf.emulator.maps.descriptors import number
 from kbpf.emulator.memory import Region
 from kbpf.uapi import constants as uapi
+
+if TYPE_CHECKING:
+    from kbpf.emulator.interface import EmulatedInterface
+    from kbpf.emulator.program import Program
 
 #: A device or queue size; a program's descriptor or id: struct bpf_devmap_val, struct bpf_cpumap_val.
 _VALUE = struct.Struct("=II")
@@ -43,14 +49,28 @@ class RedirectMap(Map):
     def allocate(self) -> None:
         #: Values as they are read, in memory that programs may read.
         self._targets: dict[int, Region] = {}
+        self._programs: dict[int, Program] = {}
 
     def target(self, index: int) -> bytes | None:
         """The value at an index; None if there is none."""
-        found = self._targets.get(index)
+        found = self._known(index)
         return None if found is None else bytes(found.buffer)
 
+    def _known(self, index: int) -> Region | None:
+        return self._targets.get(index)
+
+    def devices(
+        self, index: int, flags: int, ingress: EmulatedInterface
+    ) -> list[tuple[EmulatedInterface, Program | None]]:
+        """The devices that a packet is to leave by, and the program that looks at it first."""
+        return []
+
+    def processors(self, index: int) -> list[Program | None]:
+        """For each processor that is to take a packet, the program that looks at it first."""
+        return []
+
     def find(self, key: bytes) -> int:
-        found = self._targets.get(number(key))
+        found = self._known(number(key))
         return 0 if found is None else found.address
 
     def read(self, key: bytes) -> bytes:
@@ -76,6 +96,7 @@ class RedirectMap(Map):
     def keep(self, index: int, target: int, program: int) -> None:
         """Set a target that is known to be there, with a program if its descriptor is not 0."""
         id = 0
+        self._programs.pop(index, None)
         if 0 < program < 1 << 31:
             try:
                 found = self.descriptors.program(program)
@@ -84,6 +105,7 @@ class RedirectMap(Map):
             if found.type != "xdp" or found.spec.expected_attach_type != self.attach_type:
                 raise refused(self.bad_program)
             id = found.id
+            self._programs[index] = found
         self._targets[index] = Region(_VALUE.pack(target, id)[: self.value_size], writable=False)
 
     def remove(self, key: bytes) -> None:
@@ -110,6 +132,8 @@ class DevMap(RedirectMap):
     def allocate(self) -> None:
         super().allocate()
         self.flags |= uapi.BPF_F_RDONLY_PROG
+        #: None for one that is only in `environment.interfaces`: nothing is sent there.
+        self._devices: dict[int, EmulatedInterface | None] = {}
 
     def put(self, index: int, target: int, program: int) -> None:
         if target:
@@ -120,9 +144,29 @@ class DevMap(RedirectMap):
             self._targets.pop(index, None)
 
     def put_device(self, index: int, target: int, program: int) -> None:
-        if target not in environment.interfaces:
+        device = network.current().by_index(target)
+        if device is None and target not in environment.interfaces:
             raise refused(errno.EINVAL)
         self.keep(index, target, program)
+        self._devices[index] = device
+
+    def _known(self, index: int) -> Region | None:
+        device = self._devices.get(index)
+        if device is not None and device.network is None:
+            # A device that goes away takes its places with it.
+            self._targets.pop(index, None)
+        return super()._known(index)
+
+    def devices(
+        self, index: int, flags: int, ingress: EmulatedInterface
+    ) -> list[tuple[EmulatedInterface, Program | None]]:
+        everywhere = flags & uapi.BPF_F_BROADCAST
+        found = []
+        for at in list(self._targets) if everywhere else [index]:
+            device = self._devices.get(at) if self._known(at) is not None else None
+            if device is not None and not (everywhere and flags & uapi.BPF_F_EXCLUDE_INGRESS and device is ingress):
+                found.append((device, self._programs.get(at)))
+        return found
 
 
 class DevMapHash(DevMap):
@@ -153,7 +197,7 @@ class DevMapHash(DevMap):
             raise refused(errno.ENOENT)
 
     def following(self, key: bytes | None) -> bytes:
-        keys = list(self._targets)
+        keys = [index for index in list(self._targets) if self._known(index) is not None]
         index = None if key is None else number(key)
         at = keys.index(index) + 1 if index in self._targets else 0
         if at == len(keys):
@@ -183,6 +227,9 @@ class CpuMap(RedirectMap):
             self.keep(index, target, program)
         else:
             self._targets.pop(index, None)
+
+    def processors(self, index: int) -> list[Program | None]:
+        return [self._programs.get(index)] if self._known(index) is not None else []
 
 
 class XskMap(RedirectMap):
