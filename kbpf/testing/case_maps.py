@@ -75,17 +75,13 @@ class CaseMap:
 
 
 def _elements(shown: CaseMap) -> Contents:
-    info = shown.backend.map_info(shown.fd)
-    size = info.value_size
-    if "percpu" in info.type:
+    key_size, size = shown.spec.key_size, shown.spec.value_size
+    if "percpu" in shown.spec.type:
         size = (size + 7) // 8 * 8 * shown.backend.possible_cpus()
-    batch = shown.backend.map_lookup_batch(shown.fd, None, _ELEMENTS, info.key_size, size)
+    batch = shown.backend.map_lookup_batch(shown.fd, None, _ELEMENTS, key_size, size)
     assert batch.token is None
     keys, values = batch.keys, batch.values
-    return {
-        keys[n * info.key_size : (n + 1) * info.key_size]: values[n * size : (n + 1) * size]
-        for n in range(batch.length)
-    }
+    return {keys[n * key_size : (n + 1) * key_size]: values[n * size : (n + 1) * size] for n in range(batch.length)}
 
 
 def _popped(shown: CaseMap) -> Contents:

@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -43,10 +44,11 @@ from kbpf.testing.network import NetworkNamespace
 SHARES = {"cbpf": 300, "ebpf": 300, "direct": 400}
 KINDS = (*SHARES, "wild")
 #: From this many programs on, a run must cover everything.
-FULL = {"cbpf": 5_000, "ebpf": 5_000, "direct": 20_000, "wild": 150_000}
+FULL = {"cbpf": 5_000, "ebpf": 5_000, "direct": 20_000, "wild": 300_000}
 #: One in so many cases is watched for coverage: watching makes the emulator slow.
 _WATCHED = 4
-_CHUNK = 500
+#: Cases that a process takes at a time: setting up sockets and namespaces takes as long as a few hundred.
+_CHUNK = 2000
 #: After so many differences there is no use in going on.
 _ENOUGH = 10
 
@@ -291,17 +293,25 @@ def fuzz(
     workers = workers or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         following = first
-        running: set[Future[Report]] = set()
+        running: dict[Future[Report], range] = {}
         asked = 0
         while report.accepted < count and len(report.differences) < _ENOUGH:
             while asked < count - report.accepted and len(running) < 2 * workers:
                 size = min(_CHUNK, count - report.accepted - asked)
-                running.add(pool.submit(run_cases, kind, seed, range(following, following + size)))
+                cases = range(following, following + size)
+                running[pool.submit(run_cases, kind, seed, cases)] = cases
                 following += size
                 asked += size
             done = next(as_completed(running))
-            running.remove(done)
-            part = done.result()
+            cases = running.pop(done)
+            try:
+                part = done.result()
+            except BrokenProcessPool:
+                # What else was running has gone with it.
+                report.differences += [
+                    f"# a process ended in seed {seed}, {cases}" for cases in (cases, *running.values())
+                ]
+                break
             asked -= part.accepted + sum(part.refused.values())
             report.add(part)
             report.seconds = time.monotonic() - begin

@@ -53,7 +53,7 @@ class Wild(NamedTuple):
 def generate(rng: Random, maps: Sequence[int]) -> Wild:
     """A program of any type. `maps` are descriptors."""
     type = rng.choice(_TYPES)
-    attach_type = rng.choice(sorted(EXPECTED.get(type, {0})))
+    attach_type = rng.choice(_ATTACH_TYPES[type])
     names: tuple[str, ...] = ()
     extra = {}
     dice = rng.random()
@@ -83,6 +83,11 @@ def generate(rng: Random, maps: Sequence[int]) -> Wild:
 
 
 _TYPES = tuple(helpers.ALLOWED)
+#: Where programs may expect to be attached; of types that may say anything, nothing or what bears their name.
+_ATTACH_TYPES = {
+    type: sorted(EXPECTED.get(type) or {0, *(n for name, n in ATTACH_TYPES.items() if name.endswith(type))})
+    for type in _TYPES
+}
 
 
 @cache

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -73,6 +75,28 @@ def test_a_wrong_instruction_is_found_and_made_small(
     assert len(report.differences) == 1
     # A test that can be kept.
     compile(report.differences[0], "difference", "exec")
+
+
+class _Dead:
+    """An executor whose processes have ended."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Dead:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *_: object) -> Future[Report]:
+        future = Future[Report]()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+
+def test_a_process_that_ends_is_reported_with_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "ProcessPoolExecutor", _Dead)
+    report = fuzz.fuzz("wild", 10, "dead", first=7, workers=1)
+    assert report.differences == ["# a process ended in seed dead, range(7, 17)"]
 
 
 def test_the_command_reports_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
