@@ -106,8 +106,12 @@ class _ProcessSock(Sock):
 
     def look(self) -> bool:
         if self.is_open():
-            with socket.socket(fileno=os.dup(self.descriptor)) as opened:
-                _look(self, opened)
+            try:
+                with socket.socket(fileno=os.dup(self.descriptor)) as opened:
+                    _look(self, opened)
+            except OSError:
+                # Another thread has closed it in the meantime.
+                return self.is_open()
         return not self.closed
 
     def is_open(self) -> bool:
@@ -166,7 +170,7 @@ def _packed(family: int, address: str, port: int) -> tuple[bytes, int]:
 
 def _state(sock: Sock, opened: socket.socket, connected: bool) -> int:
     if (sock.type, sock.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
-        info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+        info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE).ljust(_TCP_INFO_SIZE, b"\0")
         state = info[0]
         if state != BPF_TCP_LISTEN:
             sock.tcp = {name: field.unpack_from(info, at)[0] for name, (at, field) in _TCP_INFO.items()}
@@ -181,13 +185,8 @@ def _state(sock: Sock, opened: socket.socket, connected: bool) -> int:
 def _join(sock: Sock, opened: socket.socket) -> None:
     """Put the socket into the group that it shares its port with, which it leaves when it is connected."""
     waits = sock.state == (BPF_TCP_LISTEN if sock.protocol == socket.IPPROTO_TCP else BPF_TCP_CLOSE)
-    joins = (
-        _option(opened, SO_REUSEPORT)
-        and waits
-        and sock.local_port > 0
-        and sock.family in (socket.AF_INET, socket.AF_INET6)
-    )
-    if not joins:
+    bound = sock.local_port > 0 and sock.family in (socket.AF_INET, socket.AF_INET6)
+    if not (bound and waits and _option(opened, SO_REUSEPORT)):
         # One that has the option no longer stays where it is.
         if sock.reuseport is not None and not waits:
             sock.reuseport.remove(sock)

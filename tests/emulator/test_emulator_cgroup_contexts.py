@@ -1,307 +1,195 @@
-"""Programs on interfaces see the same packets on the emulated network as on Linux, and make the same of them."""
+"""Contexts and helpers of programs in a control group's hooks, against the kernel's on sockets of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import socket
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from mapcode import EXIT, Code, call, copy, mov, the_map
-from networld import DEVICES, INDEX, MACS, SEEN, SKB, I, Machine, Outcome, Seen, machines, unless_looping
+from hooks import Recorder, attached, call, load, parts, real_group, whole
+from sides import Side
 
-import kbpf
+from kbpf.emulator import events
+from kbpf.emulator.sock import Sock
 from kbpf.isa import ebpf
-from kbpf.specs import MapSpec
-from kbpf.uapi.constants import BPF_F_BROADCAST, BPF_F_EXCLUDE_INGRESS
+from kbpf.isa.ebpf import Instruction
+from kbpf.uapi.structs import STRUCTS
 
-pytestmark = [pytest.mark.requires("kernel"), pytest.mark.requires("netns")]
+pytestmark = pytest.mark.requires("kernel")
 
-IPV4 = bytes.fromhex("4500001c0000000040110000c0000201c000020200350035000800 00")
-FRAME = MACS["v1"] + MACS["v0"] + b"\x08\0" + IPV4
-INGRESS = 1
-PASS, TX = 2, 3
+I = Instruction  # noqa: E741
+INET4, INET6 = socket.AF_INET, socket.AF_INET6
+PORT = 0x1234
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[tuple[Machine, Machine]]:
-    with machines() as made:
-        yield made
+def group() -> Iterator[int]:
+    with real_group() as descriptor:
+        yield descriptor
 
 
-def returns(value: int) -> Code:
-    return [*mov(0, value), EXIT]
+def run_in_emulator(recorder: Recorder, fields: dict[str, object], sock: Sock) -> events.EventRun:
+    program = recorder.side.backend.program(recorder.fd)  # type: ignore[attr-defined]
+    return events.run_event(program, fields, sock=sock)
 
 
-def redirect(device: str, flags: int = 0) -> Code:
-    return [*mov(1, INDEX.get(device, 99)), *mov(2, flags), *call("redirect"), EXIT]
-
-
-def clone(device: str, flags: int = 0) -> Code:
-    return [*copy(1, 9), *mov(2, INDEX[device]), *mov(3, flags), *call("clone_redirect")]
-
-
-def put_field(name: str, value: int, element: int = 0) -> Code:
-    return [*mov(1, value), I(ebpf.STX | ebpf.MEM | ebpf.W, 9, 1, SKB[name].offset + 4 * element)]
-
-
-#: Everything that travels with a packet from hook to hook.
-METADATA = [
-    *put_field("mark", 5),
-    *put_field("priority", 6),
-    *put_field("cb", 0x11, 0),
-    *put_field("cb", 0x44, 4),
-    *put_field("tc_index", 8),
-    *put_field("tc_classid", 9),
+CONNECT: list[tuple[str, int, int, str]] = [
+    ("cgroup_inet4_connect", INET4, socket.SOCK_DGRAM, "127.0.0.1"),
+    ("cgroup_inet4_connect", INET4, socket.SOCK_STREAM, "127.9.8.7"),
+    ("cgroup_inet6_connect", INET6, socket.SOCK_DGRAM, "::1"),
+    ("cgroup_inet6_connect", INET6, socket.SOCK_DGRAM, "::ffff:127.0.0.1"),
+    ("cgroup_udp4_sendmsg", INET4, socket.SOCK_DGRAM, "127.0.0.1"),
+    ("cgroup_udp6_sendmsg", INET6, socket.SOCK_DGRAM, "::1"),
+    ("cgroup_udp4_sendmsg", INET6, socket.SOCK_DGRAM, "::ffff:127.0.0.1"),
+    ("cgroup_inet4_bind", INET4, socket.SOCK_STREAM, "127.0.0.1"),
+    ("cgroup_inet6_bind", INET6, socket.SOCK_DGRAM, "::1"),
 ]
 
 
-def watch(machine: Machine) -> None:
-    """Programs at all places that note down what they see and change nothing."""
-    places = [(device, place) for device in DEVICES for place in ("tcx_egress", "tcx_ingress")]
-    for who, (device, place) in enumerate(places, 100):
-        machine.hook(device, place, returns(-1), who)
-
-
-def without_gro(line: Seen) -> Seen:
-    """Without what the receive offload that comes with XDP in veth's driver leaves in ``skb->cb``."""
-    fields = zip(SEEN, line.fields, strict=True)
-    return line._replace(
-        fields=tuple(0 if name in ("cb", "tc_classid", "tc_index") else value for name, value in fields)
+@pytest.mark.parametrize(("attach_type", "family", "type", "address"), CONNECT)
+def test_addresses_from_user_space(
+    kernel: Side, emulator: Side, group: int, attach_type: str, family: int, type: int, address: str
+) -> None:
+    version = 4 if "4" in attach_type else 6
+    names = [f"user_ip{version}", "user_port"]
+    if "sendmsg" in attach_type:
+        names.append(f"msg_src_ip{version}")
+    steps = whole("bpf_sock_addr", "user_family", "family", "type", "protocol") + parts("bpf_sock_addr", *names)
+    if version == 6:
+        steps += [load(STRUCTS["bpf_sock_addr"].fields["user_ip6"].offset + at, 8) for at in (0, 8)]
+    method = attach_type.rpartition("_")[2]
+    with Recorder(kernel, "cgroup_sock_addr", attach_type, steps, 0) as recorder, attached(group, recorder):
+        with socket.socket(family, type) as end, pytest.raises(PermissionError):
+            end.sendto(b"x", (address, PORT)) if method == "sendmsg" else getattr(end, method)((address, PORT))
+        truth = recorder.recorded()
+    packed = (
+        socket.inet_pton(INET4, address[7:] if address.startswith("::ffff:") else address)
+        if version == 4
+        else (socket.inet_pton(INET6, address))
     )
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    fields = {f"user_ip{version}": words if version == 6 else words[0], "user_port": socket.htons(PORT)}
+    protocol = socket.IPPROTO_TCP if type == socket.SOCK_STREAM else socket.IPPROTO_UDP
+    with Recorder(emulator, "cgroup_sock_addr", attach_type, steps, 0) as recorder:
+        result = run_in_emulator(recorder, fields, Sock(family=family, type=type, protocol=protocol))
+        assert recorder.recorded() == truth
+    assert result.value == 0
+    assert result.context[f"user_ip{version}"] == fields[f"user_ip{version}"]
 
 
-def compare(
-    both: tuple[Machine, Machine],
-    setup: Callable[[Machine], Any],
-    device: str = "v0",
-    frame: bytes = FRAME,
-    native: bool = False,
-    **how: int,
-) -> Outcome:
-    """Do the same on both sides, and find that the same came of it; `native` says that XDP is in a driver."""
-    outcomes = []
-    for machine in both:
-        machine.begin()
-        machine.listen()
-        setup(machine)
-        machine.send(device, frame, **how)
-        outcomes.append(machine.outcome())
-        machine.stack.close()
-    kernel, emulated = outcomes
-    if native:
-        for outcome in outcomes:
-            outcome.seen[:] = [without_gro(line) for line in outcome.seen]
-    assert emulated.seen == kernel.seen
-    assert emulated.received == kernel.received
-    assert emulated.counters == kernel.counters
-    assert emulated.refused == kernel.refused
-    return kernel
+def test_a_program_sends_a_connection_elsewhere(kernel: Side, emulator: Side, group: int) -> None:
+    """What is stored of the address is loaded again, and used; of the port two bytes are kept."""
+    fields = STRUCTS["bpf_sock_addr"].fields
+    with socket.socket(INET4, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.2", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        store = [
+            I(ebpf.ALU | ebpf.MOV, 1, 0, 0, 0x7F | 2 << 24),
+            I(ebpf.STX | ebpf.MEM | ebpf.W, 6, 1, fields["user_ip4"].offset),
+            I(ebpf.ALU | ebpf.MOV, 1, 0, 0, 0x7777 << 16 | socket.htons(port)),
+            I(ebpf.STX | ebpf.MEM | ebpf.W, 6, 1, fields["user_port"].offset),
+            I(ebpf.ALU | ebpf.MOV, 0, 0, 0, 0),
+        ]
+        steps = [store, *parts("bpf_sock_addr", "user_ip4", "user_port")]
+        with Recorder(kernel, "cgroup_sock_addr", "cgroup_inet4_connect", steps) as recorder:
+            with attached(group, recorder), socket.create_connection(("127.0.0.1", 9)) as end:
+                assert end.getpeername() == ("127.0.0.2", port)
+            truth = recorder.recorded()
+    with Recorder(emulator, "cgroup_sock_addr", "cgroup_inet4_connect", steps) as recorder:
+        result = run_in_emulator(recorder, {}, Sock(family=INET4, type=1, protocol=6))
+        assert recorder.recorded() == truth
+    assert result.context == {"user_ip4": 0x0200007F, "user_port": socket.htons(port)}
 
 
-@pytest.mark.parametrize("value", [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 100])
-@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
-def test_verdicts_of_traffic_control(both: Any, device: str, place: str, value: int) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook(device, place, returns(value), 1)
-        machine.hook(device, place, returns(0), 2)
-
-    found = compare(both, setup, mark=7)
-    assert [line.who for line in found.seen] == ([1, 2] if value == -1 else [1])
+SOCK_FIELDS = ("family", "type", "protocol", "dst_port", "dst_ip4", "dst_ip6", "state", "rx_queue_mapping")
 
 
-@pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 9])
-@pytest.mark.parametrize("mode", ["generic", "native"])
-def test_actions_of_xdp(both: Any, mode: str, value: int) -> None:
-    found = compare(
-        both, lambda machine: machine.hook("v1", "xdp", returns(value), 1, mode=mode), native=mode == "native"
-    )
-    assert bool(found.received["v1"]) == (value == PASS)
-
-
-def test_a_frame_that_native_xdp_sends_back_is_taken_by_native_xdp(both: Any) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook("v1", "xdp", returns(TX), 1, mode="native")
-        machine.hook("v0", "xdp", returns(PASS), 2, mode="native")
-
-    found = compare(both, setup, native=True, mark=9)
-    assert found.received["v0"]
-
-
-@pytest.mark.parametrize("verdict", [-1, 0])
-@pytest.mark.parametrize(
-    ("device", "place", "sent"),
-    [("v0", "tcx_egress", "v0"), ("v1", "tcx_ingress", "v0"), ("lo", "tcx_egress", "lo")],
-)
-def test_metadata_travel_from_hook_to_hook(both: Any, device: str, place: str, sent: str, verdict: int) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook(device, place, [*METADATA, *returns(verdict)], 1)
-        watch(machine)
-
-    compare(both, setup, sent)
-
-
-TARGETS = [(device, flags) for device in ("w0", "w1", "v0", "v1", "lo", "none") for flags in (0, INGRESS)]
-#: Loops of more than one way, which on Linux take turns with what else is going on.
-LOOPS = {("v1", "v0", 0), ("v1", "v1", INGRESS), ("v0", "v0", 0)}
-
-
-@pytest.mark.parametrize(("target", "flags"), TARGETS)
-@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
-def test_redirected_packets(both: Any, device: str, place: str, target: str, flags: int) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook(device, place, unless_looping(0, [*METADATA, *redirect(target, flags)]), 1)
-        watch(machine)
-
-    if (device, target, flags) not in LOOPS:
-        compare(both, setup, mark=3)
-
-
-@pytest.mark.parametrize(("target", "flags"), [t for t in TARGETS if t[0] != "none"])
-@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
-def test_copies_that_are_redirected(both: Any, device: str, place: str, target: str, flags: int) -> None:
-    """From v0 out of v0 they go until sending through one another is too deep."""
-
-    def setup(machine: Machine) -> None:
-        machine.hook(device, place, unless_looping(0, [*METADATA, *clone(target, flags), *returns(0)]), 1)
-        watch(machine)
-
-    if (device, target, flags) not in LOOPS - {("v0", "v0", 0)}:
-        compare(both, setup, mark=3)
-
-
-@pytest.mark.parametrize("target", ["w0", "w1", "v0", "lo", "none"])
-@pytest.mark.parametrize(("mode", "taken"), [("generic", False), ("native", False), ("native", True)])
-def test_frames_that_xdp_redirects(both: Any, target: str, mode: str, taken: bool) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook("v1", "xdp", unless_looping(PASS, redirect(target)), 1, mode=mode)
-        if taken:
-            machine.hook("w1", "xdp", returns(PASS), 2, mode="native")
-
-    compare(both, setup, native=mode == "native", mark=3)
-
-
-def adjust(helper: str, by: int) -> Code:
-    return [*copy(1, 9), *mov(2, by), *call(helper)]
-
-
-#: Write the packet's first byte but one, and the last byte of the EtherType.
-_WRITE = [
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 0),
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 4),
-    *copy(4, 2),
-    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 14),
-    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 2),
-    I(ebpf.ST | ebpf.MEM | ebpf.B, 2, 0, 1, 0x77),
-    I(ebpf.ST | ebpf.MEM | ebpf.B, 2, 0, 13, 0x44),
-]
-_METADATA = [
-    *adjust("xdp_adjust_meta", -8),
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 8),
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 0),
-    *copy(4, 2),
-    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 8),
-    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 2),
-    I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, 0, 0x1234),
-    I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, 4, 0x5678),
-]
-#: Write what is new in front: the kernel leaves there what it finds.
-_FILL = [
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 0),
-    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 4),
-    *copy(4, 2),
-    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 20),
-    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 5),
-    *(I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, at, 0x00080800 + at) for at in range(0, 20, 4)),
-]
-CHANGES = {
-    "shorter in front": adjust("xdp_adjust_head", 4),
-    "longer in front": [*adjust("xdp_adjust_head", -20), *_FILL],
-    "shorter behind": adjust("xdp_adjust_tail", -5),
-    "too short": adjust("xdp_adjust_tail", -40),
-    "longer behind": adjust("xdp_adjust_tail", 6),
-    "other bytes": _WRITE,
-    "metadata": _METADATA,
-    "metadata and longer": [*_METADATA, *adjust("xdp_adjust_head", -4)],
-}
-
-
-@pytest.mark.parametrize("mode", ["generic", "native"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_xdp_changes_reaches_the_stack(both: Any, change: str, mode: str) -> None:
-    def setup(machine: Machine) -> None:
-        machine.hook("v1", "xdp", [*CHANGES[change], *returns(PASS)], 1, mode=mode)
-        machine.hook("v1", "tcx_ingress", redirect("w0"), 2)
-        machine.hook("w0", "tcx_egress", returns(0), 3)
-        machine.hook("w1", "tcx_ingress", returns(0), 4)
-
-    found = compare(both, setup, native=mode == "native")
-    assert found.received["w1"] or change == "other bytes"
-
-
-def redirect_map(flags: int, key: int = 0) -> Code:
-    return [*the_map(1, 2), *mov(2, key), *mov(3, flags), *call("redirect_map"), EXIT]
-
-
-def devices(machine: Machine, type: str, entries: dict[int, str], code: Code | None = None) -> Any:
-    """A devmap; `code` is a program that looks at what goes out."""
-    made = machine.stack.enter_context(
-        kbpf.Map.create(MapSpec(type=type, key_size=4, value_size=8, max_entries=8), machine.backend)
-    )
-    program = None
-    if code is not None:
-        program = machine.program([*copy(9, 1), *code], "xdp", expected_attach_type="xdp_devmap")
-    for key, device in entries.items():
-        value = struct.pack("=Ii", INDEX[device], -1 if program is None else program.fileno())
-        machine.inside(made.__setitem__, key, value)
-    return made
-
-
-@pytest.mark.parametrize("mode", ["generic", "native"])
-@pytest.mark.parametrize("type", ["devmap", "devmap_hash"])
-@pytest.mark.parametrize("flags", [0, PASS, BPF_F_BROADCAST, BPF_F_BROADCAST | BPF_F_EXCLUDE_INGRESS])
-@pytest.mark.parametrize("code", [None, returns(PASS), returns(1), [*_WRITE, *returns(PASS)]])
-def test_frames_that_go_where_a_map_says(both: Any, mode: str, type: str, flags: int, code: Code | None) -> None:
-    def setup(machine: Machine) -> None:
-        targets = devices(machine, type, {1: "w0", 3: "u0", 4: "v1"}, code)
-        key = 1 if flags != PASS else 2
-        machine.hook("v1", "xdp", unless_looping(PASS, redirect_map(flags, key)), 1, [targets], mode=mode)
-        for device in ("w1", "u1", "v0"):
-            machine.hook(device, "xdp", returns(PASS), 0, mode=mode)
-
-    compare(both, setup, native=mode == "native")
-
-
-@pytest.mark.parametrize("mode", ["generic", "native"])
-@pytest.mark.parametrize("value", [None, PASS, 1])
-def test_frames_that_go_to_a_processor(both: Any, mode: str, value: int | None) -> None:
-    def setup(machine: Machine) -> None:
-        made = machine.stack.enter_context(
-            kbpf.Map.create(MapSpec(type="cpumap", key_size=4, value_size=8, max_entries=1), machine.backend)
+@pytest.mark.parametrize("family", [INET4, INET6])
+@pytest.mark.parametrize("type", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW])
+def test_a_socket_is_made(kernel: Side, emulator: Side, group: int, family: int, type: int) -> None:
+    fields = STRUCTS["bpf_sock"].fields
+    store = [
+        step
+        for name, value in (("mark", 0x1234567), ("priority", 77), ("bound_dev_if", 1))
+        for step in (
+            I(ebpf.ALU64 | ebpf.MOV, 1, 0, 0, value),
+            I(ebpf.STX | ebpf.MEM | ebpf.W, 6, 1, fields[name].offset),
+            I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
         )
-        program = None
-        if value is not None:
-            program = machine.program([*copy(9, 1), *_WRITE, *returns(value)], "xdp", expected_attach_type="xdp_cpumap")
-        made[0] = struct.pack("=Ii", 8, -1 if program is None else program.fileno())
-        machine.hook("v1", "xdp", redirect_map(0), 1, [made], mode=mode)
-        machine.hook("v1", "tcx_ingress", returns(0), 2)
+    ]
+    setters = whole("bpf_sock", "bound_dev_if", "mark", "priority")
+    steps = [*setters]
+    for name in SOCK_FIELDS:
+        steps += whole("bpf_sock", name)
+    for name in ("family", "type", "protocol", "state", "rx_queue_mapping"):
+        steps += [load(fields[name].offset, size) for size in (1, 2)]
+    steps += [store, *setters]
+    protocol = {1: socket.IPPROTO_TCP, 2: socket.IPPROTO_UDP, 3: 253}[type]
+    with Recorder(kernel, "cgroup_sock", "cgroup_inet_sock_create", steps) as recorder, attached(group, recorder):
+        with socket.socket(family, type, 253 if type == socket.SOCK_RAW else 0) as end:
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0x1234567
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == 77
+        truth = recorder.recorded()
+    with Recorder(emulator, "cgroup_sock", "cgroup_inet_sock_create", steps) as recorder:
+        result = run_in_emulator(recorder, {}, Sock(family=family, type=type, protocol=protocol))
+        assert recorder.recorded() == truth
+    assert result.context == {"bound_dev_if": 1, "mark": 0x1234567, "priority": 77}
 
-    # Processors have receive offload, whatever the mode.
-    found = compare(both, setup, native=True, mark=4)
-    assert bool(found.received["v1"]) == (value != 1)
+
+@pytest.mark.parametrize(("family", "address"), [(INET4, "127.0.0.5"), (INET6, "::1")])
+def test_a_socket_is_bound(kernel: Side, emulator: Side, group: int, family: int, address: str) -> None:
+    version = 4 if family == INET4 else 6
+    attach_type = f"cgroup_inet{version}_post_bind"
+    steps = parts("bpf_sock", f"src_ip{version}") + whole("bpf_sock", "src_port", *SOCK_FIELDS)
+    with Recorder(kernel, "cgroup_sock", attach_type, steps) as recorder, attached(group, recorder):
+        with socket.socket(family, socket.SOCK_DGRAM) as end:
+            end.bind((address, 0))
+            port = end.getsockname()[1]
+        truth = recorder.recorded()
+    sock = Sock(family=family, type=2, protocol=17, local=socket.inet_pton(family, address), local_port=port)
+    with Recorder(emulator, "cgroup_sock", attach_type, steps) as recorder:
+        run_in_emulator(recorder, {}, sock)
+        assert recorder.recorded() == truth
 
 
-def test_an_interface_that_goes_away_takes_its_programs_off(both: Any) -> None:
-    outcomes = []
-    for machine in both:
-        machine.begin()
-        machine.add_pair("x0", "x1")
-        links = [machine.hook("x1", "xdp", returns(PASS)), machine.hook("x1", "tcx_ingress", returns(0))]
-        before = [link.info.ifindex > 0 for link in links]
-        machine.remove("x0")
-        with pytest.raises(kbpf.BpfError) as raised:
-            links[1].update(machine.program(returns(0)))
-        outcomes.append((before, [link.info.ifindex for link in links], raised.value.errno, links[1].detach()))
-        machine.stack.close()
-    assert outcomes[0] == outcomes[1] == ([True, True], [0, 0], errno.ENOLINK, False)
+@pytest.mark.parametrize("value", [0, -errno.ENOMEM, -4095, -4096, 5, -0x80000000, 0x7FFFFFFF, 1 << 32])
+def test_what_the_system_call_returns(kernel: Side, emulator: Side, group: int, value: int) -> None:
+    steps = [call("get_retval"), call("set_retval", value), call("get_retval")]
+    with Recorder(kernel, "cgroup_sock_addr", "cgroup_inet4_bind", steps) as recorder, attached(group, recorder):
+        with socket.socket(INET4, socket.SOCK_DGRAM) as end, contextlib.suppress(OSError):
+            end.bind(("127.0.0.1", 0))
+        truth = recorder.recorded()
+    with Recorder(emulator, "cgroup_sock_addr", "cgroup_inet4_bind", steps) as recorder:
+        run_in_emulator(recorder, {}, Sock(family=INET4, type=2, protocol=17))
+        assert recorder.recorded() == truth
+
+
+@pytest.mark.parametrize(
+    ("type", "attach_type"), [("cgroup_sock", "cgroup_inet_sock_create"), ("cgroup_sock_addr", "cgroup_inet4_bind")]
+)
+def test_cookies(kernel: Side, emulator: Side, group: int, type: str, attach_type: str) -> None:
+    """A socket's stays the same; that of its namespace is the one of the context and, here, of no context."""
+    steps = [
+        call("get_socket_cookie", "context"),
+        call("get_socket_cookie", "context"),
+        call("get_netns_cookie", "context"),
+        call("get_netns_cookie", 0),
+    ]
+    found = []
+    with Recorder(kernel, type, attach_type, steps) as recorder, attached(group, recorder):
+        with socket.socket(INET4, socket.SOCK_DGRAM) as end:
+            end.bind(("127.0.0.1", 0))
+            assert struct.unpack("=Q", end.getsockopt(socket.SOL_SOCKET, 57, 8))[0] == recorder.recorded()[1]
+        found.append(recorder.recorded())
+    sock = Sock(family=INET4, type=2, protocol=17)
+    with Recorder(emulator, type, attach_type, steps) as recorder:
+        run_in_emulator(recorder, {}, sock)
+        found.append(recorder.recorded())
+        assert found[1][1] == sock.cookie
+    for _, first, second, netns, none in found:
+        assert first == second != 0
+        assert netns == none != 0

@@ -6,6 +6,7 @@ Results and errnos must be equal. Where Linux promises no order, all keys are co
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -25,6 +26,7 @@ from timers import with_timer
 
 from kbpf.backend import Batch
 from kbpf.emulator.backend import EmulatorBackend
+from kbpf.emulator.maps import KINDS
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec, ProgramSpec
@@ -35,7 +37,9 @@ pytestmark = [pytest.mark.requires("kernel"), pytest.mark.fuzz]
 FULL = os.environ.get("KBPF_FUZZ") == "full"
 EXAMPLES, STEPS = (200, 100) if FULL else (3, 40)
 
-UNORDERED = {"hash", "percpu_hash", "lru_hash", "lru_percpu_hash", "hash_of_maps", "devmap_hash"}
+PAGE = mmap.PAGESIZE
+SOCKET_MAPS = ("sockmap", "sockhash", "reuseport_sockarray")
+UNORDERED = {"sockhash", "hash", "percpu_hash", "lru_hash", "lru_percpu_hash", "hash_of_maps", "devmap_hash"}
 INNER = MapSpec(type="array", key_size=4, value_size=8, max_entries=2)
 HASHED: dict[str, Any] = {"key_size": 4, "value_size": 8, "max_entries": 4}
 STORAGE: dict[str, Any] = {"key_size": 4, "value_size": 8, "flags": uapi.BPF_F_NO_PREALLOC, **described_value("u64")}
@@ -70,6 +74,7 @@ SPECS = {
     "hash_of_maps": MapSpec(type="hash_of_maps", key_size=4, value_size=4, max_entries=3, inner=INNER),
     **{type: MapSpec(type=type, **STORAGE) for type in ("sk_storage", "inode_storage", "task_storage", "cgrp_storage")},
     **{type: MapSpec(type=type, key_size=8, value_size=8) for type in ("cgroup_storage", "percpu_cgroup_storage")},
+    **{type: MapSpec(type=type, key_size=4, value_size=8, max_entries=3) for type in SOCKET_MAPS},
     "read-only": MapSpec(type="hash", **HASHED, flags=uapi.BPF_F_RDONLY),
     "write-only": MapSpec(type="array", **HASHED, flags=uapi.BPF_F_WRONLY),
     "read-only for programs": MapSpec(type="array", **{**HASHED, "max_entries": 1}, flags=uapi.BPF_F_RDONLY_PROG),
@@ -77,10 +82,13 @@ SPECS = {
 
 #: Helpers that the verifier lets programs use on a type.
 ELEMENTS = ("map_lookup_elem", "map_update_elem", "map_delete_elem")
+PER_CPU = (*ELEMENTS, "map_lookup_percpu_elem")
 ENDS = ("map_push_elem", "map_pop_elem", "map_peek_elem")
 HELPERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("array", "percpu_array", "hash", "percpu_hash"), ELEMENTS),
-    **dict.fromkeys(("lru_hash", "lru_percpu_hash", "lpm_trie"), ELEMENTS),
+    **dict.fromkeys(("array", "hash", "lru_hash", "lpm_trie"), ELEMENTS),
+    **dict.fromkeys(("percpu_array", "percpu_hash", "lru_percpu_hash"), PER_CPU),
+    **dict.fromkeys(("array_of_maps", "hash_of_maps"), ("map_lookup_elem",)),
+    "ringbuf": ("ringbuf_output", "ringbuf_query"),
     **dict.fromkeys(("queue", "stack"), ENDS),
     "bloom_filter": ("map_push_elem", "map_peek_elem"),
 }  # fmt: skip
@@ -109,6 +117,10 @@ def use(helper: str, key: bytes, value: bytes, flags: int) -> Code:
         Instruction(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 0, len(value) - 1),
         Instruction(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
     ]
+    if helper.startswith("ringbuf"):
+        # Its first two words are a record.
+        given = [*stack(2, -16), *mov(3, 16), *mov(4, flags)] if helper == "ringbuf_output" else mov(2, flags)
+        return main(filled(-16, (value + key)[:16].ljust(16, b"\0")), the_map(1), given, call(helper))
     return main(
         filled(-32, buffer + bytes(16 - len(buffer))),
         filled(-16, value[:16] + bytes(16 - len(value[:16]))),
@@ -116,7 +128,7 @@ def use(helper: str, key: bytes, value: bytes, flags: int) -> Code:
         stack(2, -32),
         [*stack(3, -16), *mov(4, flags)] if helper == "map_update_elem" else mov(3, flags),
         call(helper),
-        unless_null(0, found) if helper == "map_lookup_elem" else [],
+        unless_null(0, found if value else mov(0, 1)) if "lookup" in helper else [],
         get(1, 10, -32),
         [Instruction(ebpf.STX | ebpf.MEM | ebpf.DW, 9, 1, CB + 8)],
     )  # fmt: skip
@@ -195,13 +207,17 @@ class MapMachine(RuleBasedStateMachine):
         cpus = self.halves[0].backend.possible_cpus()
         self.value_size = -(-self.spec.value_size // 8) * 8 * cpus if "percpu" in self.type else self.spec.value_size
         self.sockets = socket.socketpair()
+        self.others = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+        self.others[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for each in self.others:
+            each.bind(("127.0.0.1", 0))
         self.objects = [self.sockets[0].fileno(), self.sockets[1].fileno(), os.pidfd_open(os.getpid()), 98765]
 
     def teardown(self) -> None:
         for half in self.halves:
             half.close()
         os.close(self.objects[2])
-        for each in self.sockets:
+        for each in (*self.sockets, *self.others):
             each.close()
 
     def key(self, number: int) -> bytes | None:
@@ -218,6 +234,9 @@ class MapMachine(RuleBasedStateMachine):
     def value(self, number: int) -> Any:
         if self.type in DESCRIPTOR_VALUES:
             return Named(THINGS[number % len(THINGS)])
+        if self.type in SOCKET_MAPS:
+            given = (*self.others, self.sockets[number // 4 % 2], None)[number % 4]
+            return struct.pack("=q", given.fileno() if given else 98765)
         if self.type in ("devmap", "devmap_hash", "cpumap"):
             target = struct.pack("=I", (0, 1, 1, 987654 if self.type != "cpumap" else 16385)[number % 4])
             return target if self.value_size == 4 else [target, (Named("xdp"), bytes(4), bytes(4))[number % 3]]
@@ -313,6 +332,21 @@ class MapMachine(RuleBasedStateMachine):
     def contains(self, value: int) -> None:
         self.both("map_contains", self.value(value))
 
+    @precondition(lambda self: self.type == "ringbuf")
+    @rule(records=st.integers(0, 3))
+    def consume(self, records: int) -> None:
+        """User space goes past a few of a program's records; what lies in memory is the same."""
+        seen = []
+        for half in self.halves:
+            position = half.backend.map_memory(half.fd, PAGE, 0, True)
+            produced = half.backend.map_memory(half.fd, 2 * PAGE, PAGE)
+            consumed, end = (int.from_bytes(view[:8], "little") for view in (position, produced))
+            position[:8] = min(consumed + 24 * records, end).to_bytes(8, "little")
+            seen.append((consumed, end, bytes(produced[PAGE:])))
+            position.release()
+            produced.release()
+        assert seen[1] == seen[0]
+
     @rule(often=st.integers(0, 15))
     def freeze(self, often: int) -> None:
         if not often:
@@ -325,7 +359,9 @@ class MapMachine(RuleBasedStateMachine):
         if self.spec.flags & uapi.BPF_F_RDONLY_PROG:
             helpers = ("map_lookup_elem",)
         helper = data.draw(st.sampled_from(helpers))
-        given = bytes((value + i) & 255 for i in range(self.spec.value_size))
+        # A map in a map has no bytes.
+        size = 0 if self.type.endswith("_of_maps") else self.spec.value_size or 8
+        given = bytes((value + i) & 255 for i in range(size))
         program = use(helper, self.key(key) or b"", given, flags)
         results = [attempt(lambda: half.run(program)) for half in self.halves]  # noqa: B023
         assert results[1] == results[0], helper
@@ -338,6 +374,10 @@ def one_processor() -> Iterator[None]:
     os.sched_setaffinity(0, {0})
     yield
     os.sched_setaffinity(0, before)
+
+
+def test_every_type_of_map_goes_through_random_sequences() -> None:
+    assert {spec.type for spec in SPECS.values()} == KINDS.keys()
 
 
 @pytest.mark.parametrize("name", SPECS)

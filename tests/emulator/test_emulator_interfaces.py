@@ -1,0 +1,307 @@
+"""Programs on interfaces see the same packets on the emulated network as on Linux, and make the same of them."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from mapcode import EXIT, Code, call, copy, mov, the_map
+from networld import DEVICES, INDEX, MACS, SEEN, SKB, I, Machine, Outcome, Seen, machines, unless_looping
+
+import kbpf
+from kbpf.isa import ebpf
+from kbpf.specs import MapSpec
+from kbpf.uapi.constants import BPF_F_BROADCAST, BPF_F_EXCLUDE_INGRESS
+
+pytestmark = [pytest.mark.requires("kernel"), pytest.mark.requires("netns")]
+
+IPV4 = bytes.fromhex("4500001c0000000040110000c0000201c000020200350035000800 00")
+FRAME = MACS["v1"] + MACS["v0"] + b"\x08\0" + IPV4
+INGRESS = 1
+PASS, TX = 2, 3
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[tuple[Machine, Machine]]:
+    with machines() as made:
+        yield made
+
+
+def returns(value: int) -> Code:
+    return [*mov(0, value), EXIT]
+
+
+def redirect(device: str, flags: int = 0) -> Code:
+    return [*mov(1, INDEX.get(device, 99)), *mov(2, flags), *call("redirect"), EXIT]
+
+
+def clone(device: str, flags: int = 0) -> Code:
+    return [*copy(1, 9), *mov(2, INDEX[device]), *mov(3, flags), *call("clone_redirect")]
+
+
+def put_field(name: str, value: int, element: int = 0) -> Code:
+    return [*mov(1, value), I(ebpf.STX | ebpf.MEM | ebpf.W, 9, 1, SKB[name].offset + 4 * element)]
+
+
+#: Everything that travels with a packet from hook to hook.
+METADATA = [
+    *put_field("mark", 5),
+    *put_field("priority", 6),
+    *put_field("cb", 0x11, 0),
+    *put_field("cb", 0x44, 4),
+    *put_field("tc_index", 8),
+    *put_field("tc_classid", 9),
+]
+
+
+def watch(machine: Machine) -> None:
+    """Programs at all places that note down what they see and change nothing."""
+    places = [(device, place) for device in DEVICES for place in ("tcx_egress", "tcx_ingress")]
+    for who, (device, place) in enumerate(places, 100):
+        machine.hook(device, place, returns(-1), who)
+
+
+def without_gro(line: Seen) -> Seen:
+    """Without what the receive offload that comes with XDP in veth's driver leaves in ``skb->cb``."""
+    fields = zip(SEEN, line.fields, strict=True)
+    return line._replace(
+        fields=tuple(0 if name in ("cb", "tc_classid", "tc_index") else value for name, value in fields)
+    )
+
+
+def compare(
+    both: tuple[Machine, Machine],
+    setup: Callable[[Machine], Any],
+    device: str = "v0",
+    frame: bytes = FRAME,
+    native: bool = False,
+    **how: int,
+) -> Outcome:
+    """Do the same on both sides, and find that the same came of it; `native` says that XDP is in a driver."""
+    outcomes = []
+    for machine in both:
+        machine.begin()
+        machine.listen()
+        setup(machine)
+        machine.send(device, frame, **how)
+        outcomes.append(machine.outcome())
+        machine.stack.close()
+    kernel, emulated = outcomes
+    if native:
+        for outcome in outcomes:
+            outcome.seen[:] = [without_gro(line) for line in outcome.seen]
+    assert emulated.seen == kernel.seen
+    assert emulated.received == kernel.received
+    assert emulated.counters == kernel.counters
+    assert emulated.refused == kernel.refused
+    return kernel
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 100])
+@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
+def test_verdicts_of_traffic_control(both: Any, device: str, place: str, value: int) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook(device, place, returns(value), 1)
+        machine.hook(device, place, returns(0), 2)
+
+    found = compare(both, setup, mark=7)
+    assert [line.who for line in found.seen] == ([1, 2] if value == -1 else [1])
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("mode", ["generic", "native"])
+def test_actions_of_xdp(both: Any, mode: str, value: int) -> None:
+    found = compare(
+        both, lambda machine: machine.hook("v1", "xdp", returns(value), 1, mode=mode), native=mode == "native"
+    )
+    assert bool(found.received["v1"]) == (value == PASS)
+
+
+def test_a_frame_that_native_xdp_sends_back_is_taken_by_native_xdp(both: Any) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook("v1", "xdp", returns(TX), 1, mode="native")
+        machine.hook("v0", "xdp", returns(PASS), 2, mode="native")
+
+    found = compare(both, setup, native=True, mark=9)
+    assert found.received["v0"]
+
+
+@pytest.mark.parametrize("verdict", [-1, 0])
+@pytest.mark.parametrize(
+    ("device", "place", "sent"),
+    [("v0", "tcx_egress", "v0"), ("v1", "tcx_ingress", "v0"), ("lo", "tcx_egress", "lo")],
+)
+def test_metadata_travel_from_hook_to_hook(both: Any, device: str, place: str, sent: str, verdict: int) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook(device, place, [*METADATA, *returns(verdict)], 1)
+        watch(machine)
+
+    compare(both, setup, sent)
+
+
+TARGETS = [(device, flags) for device in ("w0", "w1", "v0", "v1", "lo", "none") for flags in (0, INGRESS)]
+#: Loops of more than one way, which on Linux take turns with what else is going on.
+LOOPS = {("v1", "v0", 0), ("v1", "v1", INGRESS), ("v0", "v0", 0)}
+
+
+@pytest.mark.parametrize(("target", "flags"), TARGETS)
+@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
+def test_redirected_packets(both: Any, device: str, place: str, target: str, flags: int) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook(device, place, unless_looping(0, [*METADATA, *redirect(target, flags)]), 1)
+        watch(machine)
+
+    if (device, target, flags) not in LOOPS:
+        compare(both, setup, mark=3)
+
+
+@pytest.mark.parametrize(("target", "flags"), [t for t in TARGETS if t[0] != "none"])
+@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
+def test_copies_that_are_redirected(both: Any, device: str, place: str, target: str, flags: int) -> None:
+    """From v0 out of v0 they go until sending through one another is too deep."""
+
+    def setup(machine: Machine) -> None:
+        machine.hook(device, place, unless_looping(0, [*METADATA, *clone(target, flags), *returns(0)]), 1)
+        watch(machine)
+
+    if (device, target, flags) not in LOOPS - {("v0", "v0", 0)}:
+        compare(both, setup, mark=3)
+
+
+@pytest.mark.parametrize("target", ["w0", "w1", "v0", "lo", "none"])
+@pytest.mark.parametrize(("mode", "taken"), [("generic", False), ("native", False), ("native", True)])
+def test_frames_that_xdp_redirects(both: Any, target: str, mode: str, taken: bool) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook("v1", "xdp", unless_looping(PASS, redirect(target)), 1, mode=mode)
+        if taken:
+            machine.hook("w1", "xdp", returns(PASS), 2, mode="native")
+
+    compare(both, setup, native=mode == "native", mark=3)
+
+
+def adjust(helper: str, by: int) -> Code:
+    return [*copy(1, 9), *mov(2, by), *call(helper)]
+
+
+#: Write the packet's first byte but one, and the last byte of the EtherType.
+_WRITE = [
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 0),
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 4),
+    *copy(4, 2),
+    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 14),
+    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 2),
+    I(ebpf.ST | ebpf.MEM | ebpf.B, 2, 0, 1, 0x77),
+    I(ebpf.ST | ebpf.MEM | ebpf.B, 2, 0, 13, 0x44),
+]
+_METADATA = [
+    *adjust("xdp_adjust_meta", -8),
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 8),
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 0),
+    *copy(4, 2),
+    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 8),
+    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 2),
+    I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, 0, 0x1234),
+    I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, 4, 0x5678),
+]
+#: Write what is new in front: the kernel leaves there what it finds.
+_FILL = [
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 9, 0),
+    I(ebpf.LDX | ebpf.MEM | ebpf.W, 3, 9, 4),
+    *copy(4, 2),
+    I(ebpf.ALU64 | ebpf.ADD, 4, 0, 0, 20),
+    I(ebpf.JMP | ebpf.JGT | ebpf.X, 4, 3, 5),
+    *(I(ebpf.ST | ebpf.MEM | ebpf.W, 2, 0, at, 0x00080800 + at) for at in range(0, 20, 4)),
+]
+CHANGES = {
+    "shorter in front": adjust("xdp_adjust_head", 4),
+    "longer in front": [*adjust("xdp_adjust_head", -20), *_FILL],
+    "shorter behind": adjust("xdp_adjust_tail", -5),
+    "too short": adjust("xdp_adjust_tail", -40),
+    "longer behind": adjust("xdp_adjust_tail", 6),
+    "other bytes": _WRITE,
+    "metadata": _METADATA,
+    "metadata and longer": [*_METADATA, *adjust("xdp_adjust_head", -4)],
+}
+
+
+@pytest.mark.parametrize("mode", ["generic", "native"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_xdp_changes_reaches_the_stack(both: Any, change: str, mode: str) -> None:
+    def setup(machine: Machine) -> None:
+        machine.hook("v1", "xdp", [*CHANGES[change], *returns(PASS)], 1, mode=mode)
+        machine.hook("v1", "tcx_ingress", redirect("w0"), 2)
+        machine.hook("w0", "tcx_egress", returns(0), 3)
+        machine.hook("w1", "tcx_ingress", returns(0), 4)
+
+    found = compare(both, setup, native=mode == "native")
+    assert found.received["w1"] or change == "other bytes"
+
+
+def redirect_map(flags: int, key: int = 0) -> Code:
+    return [*the_map(1, 2), *mov(2, key), *mov(3, flags), *call("redirect_map"), EXIT]
+
+
+def devices(machine: Machine, type: str, entries: dict[int, str], code: Code | None = None) -> Any:
+    """A devmap; `code` is a program that looks at what goes out."""
+    made = machine.stack.enter_context(
+        kbpf.Map.create(MapSpec(type=type, key_size=4, value_size=8, max_entries=8), machine.backend)
+    )
+    program = None
+    if code is not None:
+        program = machine.program([*copy(9, 1), *code], "xdp", expected_attach_type="xdp_devmap")
+    for key, device in entries.items():
+        value = struct.pack("=Ii", INDEX[device], -1 if program is None else program.fileno())
+        machine.inside(made.__setitem__, key, value)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["generic", "native"])
+@pytest.mark.parametrize("type", ["devmap", "devmap_hash"])
+@pytest.mark.parametrize("flags", [0, PASS, BPF_F_BROADCAST, BPF_F_BROADCAST | BPF_F_EXCLUDE_INGRESS])
+@pytest.mark.parametrize("code", [None, returns(PASS), returns(1), [*_WRITE, *returns(PASS)]])
+def test_frames_that_go_where_a_map_says(both: Any, mode: str, type: str, flags: int, code: Code | None) -> None:
+    def setup(machine: Machine) -> None:
+        targets = devices(machine, type, {1: "w0", 3: "u0", 4: "v1"}, code)
+        key = 1 if flags != PASS else 2
+        machine.hook("v1", "xdp", unless_looping(PASS, redirect_map(flags, key)), 1, [targets], mode=mode)
+        for device in ("w1", "u1", "v0"):
+            machine.hook(device, "xdp", returns(PASS), 0, mode=mode)
+
+    compare(both, setup, native=mode == "native")
+
+
+@pytest.mark.parametrize("mode", ["generic", "native"])
+@pytest.mark.parametrize("value", [None, PASS, 1])
+def test_frames_that_go_to_a_processor(both: Any, mode: str, value: int | None) -> None:
+    def setup(machine: Machine) -> None:
+        made = machine.stack.enter_context(
+            kbpf.Map.create(MapSpec(type="cpumap", key_size=4, value_size=8, max_entries=1), machine.backend)
+        )
+        program = None
+        if value is not None:
+            program = machine.program([*copy(9, 1), *_WRITE, *returns(value)], "xdp", expected_attach_type="xdp_cpumap")
+        made[0] = struct.pack("=Ii", 8, -1 if program is None else program.fileno())
+        machine.hook("v1", "xdp", redirect_map(0), 1, [made], mode=mode)
+        machine.hook("v1", "tcx_ingress", returns(0), 2)
+
+    # Processors have receive offload, whatever the mode.
+    found = compare(both, setup, native=True, mark=4)
+    assert bool(found.received["v1"]) == (value != 1)
+
+
+def test_an_interface_that_goes_away_takes_its_programs_off(both: Any) -> None:
+    outcomes = []
+    for machine in both:
+        machine.begin()
+        machine.add_pair("x0", "x1")
+        links = [machine.hook("x1", "xdp", returns(PASS)), machine.hook("x1", "tcx_ingress", returns(0))]
+        before = [link.info.ifindex > 0 for link in links]
+        machine.remove("x0")
+        with pytest.raises(kbpf.BpfError) as raised:
+            links[1].update(machine.program(returns(0)))
+        outcomes.append((before, [link.info.ifindex for link in links], raised.value.errno, links[1].detach()))
+        machine.stack.close()
+    assert outcomes[0] == outcomes[1] == ([True, True], [0, 0], errno.ENOLINK, False)

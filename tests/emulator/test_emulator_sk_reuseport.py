@@ -1,0 +1,144 @@
+"""What sk_reuseport programs see of a packet and its group, against the kernel's over loopback."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple
+
+import pytest
+from hooks import Recorder, call, load, on_stack, parts, whole
+from sides import Side
+
+from kbpf.emulator import events
+from kbpf.emulator.packet import Packet
+from kbpf.emulator.sock import Sock
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+from kbpf.uapi import constants as uapi
+from kbpf.uapi.structs import STRUCTS
+
+pytestmark = pytest.mark.requires("kernel")
+
+I = Instruction  # noqa: E741
+FIELDS = STRUCTS["sk_reuseport_md"].fields
+PAYLOAD = b"a datagram's payload"
+HEADER = 8
+REFUSED, PASSED = 0, 1
+
+
+def direct_bytes(count: int) -> list[list[Instruction]]:
+    """Each byte of what is reached directly, plus 256; 0 behind its end."""
+    return [
+        [
+            *load(FIELDS["data"].offset, 8),
+            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 0),
+            I(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 6, FIELDS["data_end"].offset),
+            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 1),
+            I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at + 1),
+            I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
+            I(ebpf.JMP | ebpf.JGT | ebpf.X, 3, 2, 2, 0),
+            I(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 1, at),
+            I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
+        ]
+        for at in range(count)
+    ]
+
+
+def loaded(name: str, offset: int, size: int, *rest: int) -> list[list[Instruction]]:
+    """A helper that copies bytes of the packet; what it gives and has written."""
+    first = [*on_stack(b"\xee" * 64, -64), *call(name, "context", offset, (10, -64), size, *rest)]
+    return [first, *([I(ebpf.LDX | ebpf.MEM | ebpf.DW, 0, 10, at)] for at in range(-64, 0, 8))]
+
+
+class Seen(NamedTuple):
+    """What the kernel's program recorded, and how the datagram was sent."""
+
+    recorded: tuple[int, ...]
+    arrived: bool
+    local_port: int
+    cookie: int
+
+
+def on_kernel(recorder: Recorder, address: str, family: int) -> Seen:
+    with socket.socket(family, socket.SOCK_DGRAM) as end, socket.socket(family, socket.SOCK_DGRAM) as sender:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        end.bind((address, 0))
+        end.setsockopt(socket.SOL_SOCKET, uapi.SO_ATTACH_REUSEPORT_EBPF, recorder.fd)
+        port = end.getsockname()[1]
+        sender.sendto(PAYLOAD, ("127.0.0.1" if family == socket.AF_INET else "::1", port))
+        end.settimeout(0.2)
+        try:
+            arrived = end.recv(100) == PAYLOAD
+        except TimeoutError:
+            arrived = False
+        cookie = struct.unpack("=Q", end.getsockopt(socket.SOL_SOCKET, uapi.SO_COOKIE, 8))[0]
+        return Seen(recorder.recorded(), arrived, port, cookie)
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "any"),
+    [(socket.AF_INET, "127.0.0.1", False), (socket.AF_INET, "", True), (socket.AF_INET6, "::1", False)],
+)
+@pytest.mark.parametrize("value", [PASSED, REFUSED])
+def test_packets(kernel: Side, emulator: Side, family: int, address: str, any: bool, value: int) -> None:
+    narrow = family == socket.AF_INET
+    header = 20 if narrow else 40
+    steps = direct_bytes(40) + parts("sk_reuseport_md", "len", "ip_protocol", "bind_inany") + [
+        load(FIELDS["eth_protocol"].offset, 4),
+        load(FIELDS["eth_protocol"].offset, 2),
+        load(FIELDS["eth_protocol"].offset + 2, 2),
+    ]  # fmt: skip
+    for offset, size in ((0, 8), (8, 20), (8, 21), (28, 1), (0x7FFFFFFF, 1), (-1, 1)):
+        steps += loaded("skb_load_bytes", offset, size)
+    for offset, size, start in (
+        (0, 1, 0),
+        (0, header, 1),
+        (header, 28, 1),
+        (header, 29, 1),
+        (0x10000, 1, 1),
+        (0, 1, 7),
+    ):
+        steps += loaded("skb_load_bytes_relative", offset, size, start)
+    steps += [[*load(FIELDS["migrating_sk"].offset, 8)]]
+    whole_bytes = loaded("skb_load_bytes_relative", 0, header, 1)[1:]
+    at = len(direct_bytes(40))
+    with Recorder(kernel, "sk_reuseport", "sk_reuseport_select", steps, value) as recorder:
+        truth = on_kernel(recorder, address, family)
+    assert truth.arrived == (value == PASSED)
+    transport = bytes(byte - 256 for byte in truth.recorded[1 : 1 + at] if byte)
+    # The network header as the kernel's program has read it, which is right behind its step.
+    first = 1 + steps.index(loaded("skb_load_bytes_relative", 0, header, 1)[0])
+    network = struct.pack(f"={len(whole_bytes)}Q", *truth.recorded[first + 1 : first + 1 + len(whole_bytes)])[:header]
+    packet = Packet(
+        buffer=bytes(14) + network + transport,
+        offset=14 + header,
+        mac=0,
+        network=14,
+        protocol=0x0800 if narrow else 0x86DD,
+    )
+    sock = Sock(family=family, type=2, protocol=17, local=socket.inet_pton(family, address) if address else b"")
+    with Recorder(emulator, "sk_reuseport", "sk_reuseport_select", steps, value) as recorder:
+        program = emulator.backend.program(recorder.fd)  # type: ignore[attr-defined]
+        result = events.run_event(program, {"bind_inany": int(any)}, sock=sock, packet=packet)
+        ours = recorder.recorded()
+    link_header = 1 + steps.index(loaded("skb_load_bytes_relative", 0, 1, 0)[0])
+    assert ours[:link_header] == truth.recorded[:link_header]
+    assert ours[link_header + 2 :] == truth.recorded[link_header + 2 :]
+    assert result.value == value
+
+
+def test_cookies(kernel: Side, emulator: Side) -> None:
+    cookie = [
+        I(ebpf.LDX | ebpf.MEM | ebpf.DW, 1, 6, FIELDS["sk"].offset),
+        I(ebpf.JMP | ebpf.CALL, 0, 0, 0, 46),
+    ]
+    steps = [cookie, cookie, *whole("sk_reuseport_md", "hash")]
+    with Recorder(kernel, "sk_reuseport", "sk_reuseport_select", steps) as recorder:
+        truth = on_kernel(recorder, "127.0.0.1", socket.AF_INET)
+    assert truth.recorded[1:3] == (truth.cookie, truth.cookie)
+    sock = Sock(family=2, type=2, protocol=17)
+    with Recorder(emulator, "sk_reuseport", "sk_reuseport_select", steps) as recorder:
+        program = emulator.backend.program(recorder.fd)  # type: ignore[attr-defined]
+        events.run_event(program, {"hash": 0x12345678}, sock=sock)
+        assert recorder.recorded() == (1, sock.cookie, sock.cookie, 0x12345678)
