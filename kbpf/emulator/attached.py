@@ -1,7 +1,8 @@
 """Programs on events: what is attached to tracepoints, uprobes and perf events, and events that a test makes.
 
-program.attach(Tracepoint("sched", "sched_switch"))
-fire(Tracepoint("sched", "sched_switch"), {"prev_pid": 1, "next_pid": 2})
+``fire(Tracepoint("sched", "sched_switch"), {"prev_pid": 1})`` runs the programs that are attached there. Nothing else
+makes events happen. What Linux looks at in the code under a uprobe (ENOEXEC for what is no instruction) is not looked
+at.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Threads that programs run in or name: stand-ins for ``struct task_struct``, as a test sets them.
 
-task = current_task()
-task.user_stack = (0x401136, 0x401020)
-task.areas = (Area(0x401000, 0x402000, build_id=bytes(20), offset=0x1000),)
+``current_task().user_stack = (0x401136, 0x401020)`` is what bpf_get_stack gives of the user's stack from then on.
 """
 
 from __future__ import annotations
