@@ -35,6 +35,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "cgroup_skb": (_BASE | _ids("25-26,46-47,68,79,81,83-86,95-99,107-108,122,128-129")),
     "lwt_in": _LWT | _ids("73"),
     "lwt_out": _LWT,
+    "lwt_seg6local": _LWT | _ids("74-76"),
     "lwt_xmit": _LWT | _ids("9-11,13,20-21,23,29-30,38,40-41,43,73,135"),
     "flow_dissector": _BASE | _ids("26"),
     "sk_lookup": _BASE | _ids("25,86,124"),
