@@ -38,6 +38,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "lwt_seg6local": _LWT | _ids("74-76"),
     "lwt_xmit": _LWT | _ids("9-11,13,20-21,23,29-30,38,40-41,43,73,135"),
     "flow_dissector": _BASE | _ids("26"),
+    "netfilter": _BASE - _ids("136-140,160,178,196"),
     "sk_lookup": _BASE | _ids("25,86,124"),
     "cgroup_sock": (_CGROUP | _ids("46,107,122")) - _SKC,
     "cgroup_sock_addr": _CGROUP | _ids("46,49,57,64,84-86,99,107-108,122"),
