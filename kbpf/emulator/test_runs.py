@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from kbpf.backend import RawRun, RunOptions
-from kbpf.emulator import flow_dissector, netfilter, test_run, test_run_sk_lookup, test_run_tracing, test_run_xdp
+from kbpf.emulator import flow_dissector, test_run, test_run_sk_lookup, test_run_tracing, test_run_xdp
 from kbpf.emulator.context import ACCESS
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.maps.cgroup import values_of_a_test
@@ -22,7 +22,6 @@ RUNNERS: dict[str, Runner] = {
     **dict.fromkeys(ACCESS, test_run.run),
     "xdp": test_run_xdp.run,
     "flow_dissector": flow_dissector.test_run,
-    "netfilter": netfilter.test_run,
     "sk_lookup": test_run_sk_lookup.test_run,
     "raw_tracepoint": test_run_tracing.raw_tracepoint,
     "syscall": test_run_tracing.syscall,

@@ -109,9 +109,7 @@ class ProgramCommands:
             attr.issue()
         if live:
             return RawRun(attr["retval"], b"", b"", attr["duration"])
-        # Types that give no context leave the room for one as it was said.
-        written = attr["ctx_size_out"]
-        written = len(context) if written in (0, room) else written
+        written = attr["ctx_size_out"] or len(context)
         return RawRun(attr["retval"], data_out.read(attr["data_size_out"]), context_at.read(written), attr["duration"])
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
