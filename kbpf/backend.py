@@ -9,6 +9,7 @@ map of maps or a program array takes them as values the same way.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from errno import EPERM
 from typing import Any, Literal, NamedTuple, Protocol
@@ -270,6 +271,10 @@ class Backend(Protocol):
         """BPF_PROG_TEST_RUN; `context` may be empty. `flags` are BPF_F_TEST_*; see `RunOptions`."""
         ...
 
+    def program_values(self, fd: int, packets: list[bytes], context: bytes) -> array[int]:
+        """BPF_PROG_TEST_RUN over one packet after the other: what the program returns for each, 32 bits unsigned."""
+        ...
+
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         """The steps of such a run; EOPNOTSUPP on the kernel, which does not show them."""
         ...
@@ -361,21 +366,6 @@ class Backend(Protocol):
 
     def socket_drainable(self, socket: SocketLike) -> bool:
         """Whether draining is safe: packet, raw and UDP sockets; never streams, listeners, UNIX sockets."""
-        ...
-
-    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
-        """SO_ATTACH_REUSEPORT_CBPF: which of the sockets that share the port a packet is for.
-
-        EINVAL for sockets that never share one, or have not set SO_REUSEPORT.
-        """
-        ...
-
-    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
-        """SO_ATTACH_REUSEPORT_EBPF, with a program of type socket_filter or sk_reuseport."""
-        ...
-
-    def socket_detach_reuseport(self, socket: SocketLike) -> None:
-        """SO_DETACH_REUSEPORT_BPF (Linux 5.3); ENOENT where there is none. A lock does not hinder it."""
         ...
 
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:

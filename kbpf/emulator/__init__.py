@@ -12,9 +12,8 @@ from kbpf.emulator.cgroup import Cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
-from kbpf.emulator.families import socket
 from kbpf.emulator.interface import EmulatedInterface
-from kbpf.emulator.network import Network, add_address, add_interface, add_pair, current, inject, reset
+from kbpf.emulator.network import Network, add_interface, add_pair, current, inject, reset
 from kbpf.emulator.sock import Sock
 from kbpf.emulator.task import Area, Task, current_task
 from kbpf.emulator.tracing import Event
@@ -29,7 +28,6 @@ __all__ = [
     "Network",
     "Sock",
     "Task",
-    "add_address",
     "add_interface",
     "add_pair",
     "current",
@@ -39,5 +37,4 @@ __all__ = [
     "inject",
     "reset",
     "run_program",
-    "socket",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -258,6 +259,10 @@ class EmulatorBackend:
         run_due()
         return test_runs.run(self.program(fd), data, context, RunOptions(repeat, flags, cpu, batch_size))
 
+    def program_values(self, fd: int, packets: list[bytes], context: bytes) -> array[int]:
+        run_due()
+        return test_runs.values(self.program(fd), packets, context)
+
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         return trace.trace(self.program(fd), data, context)
 
@@ -377,25 +382,19 @@ class EmulatorBackend:
         return sockets.layout_of(socket)
 
     def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
-        sockets.attach(socket, self._classic(socket, program), program)
-
-    def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
-        sockets.attach(socket, self._socket_filter(socket, program), None)
-
-    def _classic(self, socket: SocketLike, program: bytes) -> ClassicProgram:
-        """A filter for a socket, which must not be locked: that comes before the filter is looked at."""
         sockets.refuse_if_locked(socket)
         try:
-            return ClassicProgram(cbpf.decode(program))
+            prepared = ClassicProgram(cbpf.decode(program))
         except FilterError:
             raise refused(errno.EINVAL) from None
+        sockets.attach(socket, prepared, program)
 
-    def _socket_filter(self, socket: SocketLike, program: int) -> Program:
+    def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
         sockets.refuse_if_locked(socket)
         found = self.program(program)
         if found.type != "socket_filter":
             raise refused(errno.EINVAL)
-        return found
+        sockets.attach(socket, found, None)
 
     def socket_detach(self, socket: SocketLike) -> None:
         sockets.detach(socket)
@@ -411,15 +410,6 @@ class EmulatorBackend:
 
     def socket_drainable(self, socket: SocketLike) -> bool:
         return sockets.drainable(socket)
-
-    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
-        sockets.attach_reuseport(socket, self._classic(socket, program))
-
-    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
-        sockets.attach_reuseport(socket, self._socket_filter(socket, program))
-
-    def socket_detach_reuseport(self, socket: SocketLike) -> None:
-        sockets.detach_reuseport(socket)
 
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
         return sockets.open_packet_socket(interface, type=type, protocol=protocol)

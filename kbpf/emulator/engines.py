@@ -20,6 +20,8 @@ from kbpf.errors import EmulationWarning
 if TYPE_CHECKING:
     from kbpf.emulator.jit.batch import NativeBatch, Start
     from kbpf.emulator.jit.program import NativeProgram
+    from kbpf.emulator.jit.testrun import NativeTestRuns
+    from kbpf.emulator.program import Program
 
 #: Instructions in the interpreter that are worth compiling.
 WORTH = 200_000
@@ -67,6 +69,21 @@ def batch_of(code: Code, subject: Subject, start: Start, network: int | None, ma
     places = (-1 if place is None else place for place in (network, mac))
     with _lock:
         return NativeBatch(code, subject, start, *places)
+
+
+def test_runs_of(program: Program, count: int) -> NativeTestRuns | None:
+    """A program's test runs over `count` packets in native code; None where each must be run by itself."""
+    code = program.code
+    if code.engine == "interpreter" or code.linked is None:
+        return None
+    if code.engine == "auto" and code.work + count * len(code.steps) <= WORTH:
+        return None
+    if program.test_runs is None and _installed():
+        from kbpf.emulator.jit.testrun import native_test_runs
+
+        with _lock:
+            program.test_runs = native_test_runs(program) or False
+    return program.test_runs or None
 
 
 @cache

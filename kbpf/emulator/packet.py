@@ -108,8 +108,6 @@ class Packet:
     #: The sum that the network card has made from the network header on (``skb->csum``), and whether it is to be true.
     csum: int = 0
     csum_complete: bool = False
-    #: The device is to make the transport checksum: the field has the pseudo header's sum (CHECKSUM_PARTIAL).
-    checksum_partial: bool = False
     tunnel: Tunnel | None = None
     #: The socket that it belongs to (``skb->sk``).
     socket: Sock | None = None
@@ -147,11 +145,11 @@ class Packet:
         """Another one like it, whose bytes are its own."""
         return replace(self, buffer=bytes(self.buffer), redirect=None)
 
-    def push(self, size: int) -> None:
-        """Move offset 0 to the front, into what lies there or into zeroes (`skb_push`)."""
+    def push(self, size: int, room: int = 0) -> None:
+        """Move offset 0 to the front, into what lies there or into zeroes, with `room` to spare (`skb_push`)."""
         missing = max(size - self.offset, 0)
         if missing:
-            self._make_headroom(missing)
+            self._make_headroom(missing, room)
             self.buffer = bytearray(missing) + self.buffer
             self.mac = None if self.mac is None else self.mac + missing
             self.network = None if self.network is None else self.network + missing
@@ -159,9 +157,9 @@ class Packet:
         self.offset += missing - size
         self.length += size
 
-    def _make_headroom(self, size: int) -> None:
+    def _make_headroom(self, size: int, room: int) -> None:
         """Use bytes before the buffer, moving it where there are too few (`skb_cow`)."""
-        lacking = max(size - self.headroom, 0)
+        lacking = max(size + room - self.headroom, 0)
         if lacking:
             grown = -(-lacking // NET_SKB_PAD) * NET_SKB_PAD
             self.headroom += grown

@@ -12,6 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
 from kbpf.backend import Engine, LoadRefused, object_name
@@ -29,6 +30,9 @@ from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import PROG_TYPES
+
+if TYPE_CHECKING:
+    from kbpf.emulator.jit.testrun import NativeTestRuns
 
 #: The most maps that a program may use (MAX_USED_MAPS).
 MOST_MAPS = 64
@@ -117,6 +121,8 @@ class Program:
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.code.program = weakref.ref(self)
         self.code.engine = engine
+        #: Its test runs in native code, once they have been made; False where there are none.
+        self.test_runs: NativeTestRuns | Literal[False] | None = None
         self.tag = _tag(spec)
         self.id = next(_ids)
         PROGRAMS[self.id] = self

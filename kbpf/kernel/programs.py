@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from array import array
 from collections.abc import Iterator, Sequence
 
 from kbpf.backend import Engine, LoadRefused, ProgramInfo, RawRun, TraceStep, object_name
@@ -109,8 +110,13 @@ class ProgramCommands:
             attr.issue()
         if live:
             return RawRun(attr["retval"], b"", b"", attr["duration"])
-        written = attr["ctx_size_out"] or len(context)
+        # Types that give no context leave the room for one as it was said.
+        written = attr["ctx_size_out"]
+        written = len(context) if written in (0, room) else written
         return RawRun(attr["retval"], data_out.read(attr["data_size_out"]), context_at.read(written), attr["duration"])
+
+    def program_values(self, fd: int, packets: list[bytes], context: bytes) -> array[int]:
+        return array("I", (self.program_run(fd, packet, context).value for packet in packets))
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         raise OSError(errno.EOPNOTSUPP, "only the emulator shows the steps of a run")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
-from kbpf.runtime.packets import Packets
+from kbpf.runtime.packets import Packets, listed_packets
 from kbpf.specs import FILE_LAYOUTS, FilterSpec, Layout
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Filter:
         if isinstance(packets, Packets):
             wirelens = packets.wirelens if wirelens is None else wirelens
         elif not isinstance(packets, list):
-            packets, wirelens = _listed(packets, wirelens)
+            packets, wirelens = listed_packets(packets, wirelens)
         if wirelens is not None and len(wirelens) != len(packets):
             raise ValueError(f"{len(wirelens)} lengths for {len(packets)} packets")
         work = len(packets) * len(self.instructions)
@@ -160,7 +160,7 @@ class Filter:
     ) -> list[bytes]:
         """The packets that it keeps something of, whole; `match_all` says of which."""
         if not isinstance(packets, (list, Packets)):
-            packets, wirelens = _listed(packets, wirelens)
+            packets, wirelens = listed_packets(packets, wirelens)
         return list(compress(packets, self.match_all(packets, wirelens, engine=engine)))
 
     def native(self, engine: Engine, work: int) -> NativeBatch | None:
@@ -255,18 +255,6 @@ class _Live:
         from kbpf.emulator.context import SkBuff
 
         return SkBuff(packet)
-
-
-def _listed(
-    packets: Iterable[bytes] | Capture, wirelens: Sequence[int] | None
-) -> tuple[list[bytes], Sequence[int] | None]:
-    """A list of packets, and their lengths on the wire where they are known."""
-    from kbpf.pcapfile import Capture
-
-    if not isinstance(packets, Capture):
-        return list(packets), wirelens
-    records = list(packets)
-    return [record.data for record in records], wirelens or [record.wirelen for record in records]
 
 
 def file_layout(link: str) -> Layout:

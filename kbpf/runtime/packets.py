@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbpf.pcapfile import Capture
 
 
 class Packets(Sequence[bytes]):
@@ -54,6 +57,20 @@ class Packets(Sequence[bytes]):
 
     def __iter__(self) -> Iterator[bytes]:
         return map(self.__getitem__, range(len(self)))
+
+
+def listed_packets(
+    packets: Iterable[bytes] | Capture, wirelens: Sequence[int] | None = None
+) -> tuple[list[bytes], Sequence[int] | None]:
+    """A list of packets, and their lengths on the wire where they are given, or come from a capture."""
+    from kbpf.pcapfile import Capture
+
+    if isinstance(packets, list):
+        return packets, wirelens
+    if not isinstance(packets, Capture):
+        return list(packets), wirelens
+    records = list(packets)
+    return [record.data for record in records], wirelens or [record.wirelen for record in records]
 
 
 def _numbers(values: Sequence[int]) -> array[int]:

@@ -83,6 +83,8 @@ HELPERS: dict[str, Elsewhere] = _table((
 TYPES: dict[str, Elsewhere] = _table((
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "cgroup_sock, cgroup_sock_addr"),
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "sock_ops, sk_reuseport"),
+    (_KERNEL, "netfilter hooks_and_families", "netfilter"),
+    (_NO_TEST_RUN, "lwt programs_of_segments_have_no_test_run", "lwt_seg6local"),
     (_NO_TEST_RUN, "cgroup_machine devices", "cgroup_device"),
     (_NO_TEST_RUN, "cgroup_machine sysctls", "cgroup_sysctl"),
     (_NO_TEST_RUN, "cgroup_machine an_option_is_set", "cgroup_sockopt"),

@@ -166,6 +166,8 @@ PACKET_CALLS: dict[str, Callable[[Draft], Piece]] = {
     "skb_change_proto": calls("skb_change_proto", "context", _of(0xDD86, 0x0008, 0x0608), _of(0, 0, 0, 1)),
     "skb_adjust_room": calls("skb_adjust_room", "context", _difference, _of(0, 1, 1, 2), _of(*_ROOM_FLAGS)),
     "skb_ecn_set_ce": calls("skb_ecn_set_ce", "context"),
+    # No routing headers: Linux breaks where a packet of a test run has no route.
+    "lwt_push_encap": calls("lwt_push_encap", "context", _of(uapi.BPF_LWT_ENCAP_IP, 3), "stack", "size"),
     "skb_set_tstamp": calls("skb_set_tstamp", "context", _of(0, 1, 12345), _of(0, 1, 2, 3)),
     "skb_get_xfrm_state": calls("skb_get_xfrm_state", "context", _of(0, 1), "stack", "size", _of(0, 0, 1)),
     "set_hash": calls("set_hash", "context", "mix"),

@@ -12,7 +12,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from kbpf.emulator import helpers
+from kbpf.emulator import events, helpers, test_runs
 from kbpf.emulator.attach_types import EXPECTED
 from kbpf.emulator.helpers.allowed import SLEEPING, allowed
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER
@@ -82,7 +82,8 @@ def generate(rng: Random, maps: Sequence[int]) -> Wild:
     return Wild(spec, names, data, context)
 
 
-_TYPES = tuple(helpers.ALLOWED)
+#: All that something runs.
+_TYPES = tuple(type for type in helpers.ALLOWED if type in test_runs.RUNNERS or type in events.TYPES)
 #: Where programs may expect to be attached; of types that may say anything, nothing or what bears their name.
 _ATTACH_TYPES = {
     type: sorted(EXPECTED.get(type) or {0, *(n for name, n in ATTACH_TYPES.items() if name.endswith(type))})

@@ -26,6 +26,8 @@ ATTACHED = {
     "cgroup_sysctl": ("cgroup_inet_ingress", "cgroup_sysctl"),
     "cgroup_sockopt": ("cgroup_getsockopt", "cgroup_setsockopt"),
     "sk_reuseport": ("sk_reuseport_select",),
+    "netfilter": ("netfilter",),
+    "lwt_seg6local": ("cgroup_inet_ingress",),
 }
 PAIRS = [(type, attach_type) for type, types in ATTACHED.items() for attach_type in types]
 

@@ -51,6 +51,13 @@ empty:
 }
 
 
+_DECLARATIONS = """
+declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.usub.sat.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+"""
+
+
 def each(start: Start, budget: int, asks: bool) -> str:
     """``@each(run, data, size, wirelen)``: the bytes that the filter keeps of one packet, 0 for none.
 
@@ -63,12 +70,8 @@ def each(start: Start, budget: int, asks: bool) -> str:
         "fuel": str(budget),
         "buffer": "%at",
         "buffer_size": "%size",
-        "serial": "%serial1",
     }
     text = f"""
-declare i64 @llvm.umin.i64(i64, i64)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-declare i64 @llvm.usub.sat.i64(i64, i64)
 define i64 @each(ptr noalias %shared, ptr %data, i64 %size, i64 %wirelen) alwaysinline {{
 entry:
   %run = {"getelementptr i8, ptr %shared, i64 0" if asks else f"alloca [{WORDS} x i64]"}
@@ -77,9 +80,6 @@ entry:
   %at0 = add i64 %at, %offset
   %size0 = sub i64 %size, %offset
   %length = call i64 @llvm.usub.sat.i64(i64 %wirelen, i64 %offset)
-  %serialp = getelementptr i64, ptr %shared, i64 {WORD["serial"]}
-  %serial0 = load i64, ptr %serialp
-  %serial1 = add i64 %serial0, 1
 """
     for name, value in stores.items():
         text += f"  %p_{name} = getelementptr i64, ptr %run, i64 {WORD[name]}\n  store i64 {value}, ptr %p_{name}\n"
@@ -99,8 +99,25 @@ entry:
     )
 
 
-def _loop(name: str, parameters: str, fetch: str) -> str:
-    """A loop over `count` packets that writes 1 or 0 for each; returns how many it did before something came up.
+#: What a loop writes for each packet: a byte, 1 where something is kept, or the 32 bits that a program returned.
+Results = Literal["matches", "values"]
+_STORE: dict[Results, str] = {
+    "matches": """
+  %match = icmp ne i64 %kept, 0
+  %byte = zext i1 %match to i8
+  %outp = getelementptr i8, ptr %out, i64 %i
+  store i8 %byte, ptr %outp
+""",
+    "values": """
+  %value = trunc i64 %kept to i32
+  %outp = getelementptr i32, ptr %out, i64 %i
+  store i32 %value, ptr %outp
+""",
+}
+
+
+def _loop(name: str, parameters: str, fetch: str, results: Results) -> str:
+    """A loop over `count` packets that writes a result of each; returns how many it did before something came up.
 
     `fetch` finds ``%data`` and ``%size`` of packet ``%i``, or goes to ``%stop``.
     """
@@ -132,10 +149,7 @@ run1:
   %fine = icmp eq i64 %status, 0
   br i1 %fine, label %done, label %stop, !prof !0
 done:
-  %match = icmp ne i64 %kept, 0
-  %byte = zext i1 %match to i8
-  %outp = getelementptr i8, ptr %out, i64 %i
-  store i8 %byte, ptr %outp
+{_STORE[results]}
   %following = add nuw i64 %i, 1
   br label %head
 stop:
@@ -150,7 +164,7 @@ def _api(name: str) -> str:
     return f"inttoptr (i64 {address} to ptr)"
 
 
-def _over_list() -> str:
+def _over_list(results: Results) -> str:
     return _loop(
         "over_list",
         "ptr %list, ptr %where",
@@ -170,13 +184,12 @@ got:
   %size = load i64, ptr %sizep
   br label %fetched
 """,
+        results,
     )
 
 
-_OVER_SPANS = _loop(
-    "over_spans",
-    "ptr %base, i64 %room, ptr %offsets, ptr %sizes",
-    f"""
+_SPANS_PARAMETERS = "ptr %base, i64 %room, ptr %offsets, ptr %sizes"
+_SPANS_FETCH = f"""
   %laterp = getelementptr i64, ptr %offsets, i64 %ahead
   %later0 = load i64, ptr %laterp
   %later = getelementptr i8, ptr %base, i64 %later0
@@ -191,13 +204,50 @@ _OVER_SPANS = _loop(
   %good = and i1 %inside, %whole
   %data = getelementptr i8, ptr %base, i64 %offset
   br i1 %good, label %fetched, label %stop
-""",
-)
+"""
+
+
+def loops(results: Results) -> str:
+    """``@over_list`` and ``@over_spans``, around ``@each``."""
+    spans = _loop("over_spans", _SPANS_PARAMETERS, _SPANS_FETCH, results)
+    return _DECLARATIONS + _over_list(results) + spans
+
 
 _EACH_TYPE = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64)
 _COMMON = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
 _OVER_LIST_TYPE = ctypes.PYFUNCTYPE(*_COMMON, ctypes.py_object, ctypes.c_void_p)
 _OVER_SPANS_TYPE = ctypes.CFUNCTYPE(*_COMMON, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Loops:
+    """The two loops of a compiled module, whose packets are those of a session."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._list = _OVER_LIST_TYPE(compiled.address("over_list"))
+        self._spans = _OVER_SPANS_TYPE(compiled.address("over_spans"))
+
+    def over_list(self, session: Session, packets: list[bytes], wirelens: array[int], out: Any) -> int:
+        """Run over bytes objects; returns how many were done. Raises `TypeError` for what is none, `EmulationFault`."""
+        where = (ctypes.c_uint64 * 2)()
+        results = host_address(out)[0]
+        done: int = self._list(
+            session.address, len(packets), _place(wirelens), results, packets, ctypes.addressof(where)
+        )
+        session.finish(0)
+        return done
+
+    def over_spans(
+        self, session: Session, buffer: Any, offsets: array[int], sizes: array[int], wirelens: array[int], out: Any
+    ) -> int:
+        """Run over spans of a buffer; returns how many were done, until one was not inside it. `EmulationFault`."""
+        results = host_address(out)[0]
+        with read_address(buffer) as base:
+            done: int = self._spans(
+                session.address, len(offsets), _place(wirelens), results, base, len(buffer),
+                offsets.buffer_info()[0], sizes.buffer_info()[0],
+            )  # fmt: skip
+        session.finish(0)
+        return done
 
 
 class NativeBatch:
@@ -211,42 +261,31 @@ class NativeBatch:
         assert code.linked is not None
         self._code, self._subject, self._network, self._mac = code, subject, network, mac
         source = source_of(code.linked)
-        text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks) + _over_list() + _OVER_SPANS
+        text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks) + loops("matches")
         self._program = NativeProgram(code, source, Compiled(text))
         self.address = self._program.compiled.address("each")
         self._each = _EACH_TYPE(self.address)
         self._asks = source.asks
         #: Sessions for single packets.
         self._ready: list[Session] = []
-        self._list = _OVER_LIST_TYPE(self._program.compiled.address("over_list"))
-        self._spans = _OVER_SPANS_TYPE(self._program.compiled.address("over_spans"))
+        self._loops = Loops(self._program.compiled)
 
     def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytearray:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""
         out = bytearray(len(packets))
-        lengths = _numbers(wirelens, len(packets))
-        where = (ctypes.c_uint64 * 2)()
         with self.session() as session:
-            self._list(
-                session.address, len(packets), _place(lengths), host_address(out)[0], packets, ctypes.addressof(where)
-            )
-            session.finish(0)
+            self._loops.over_list(session, packets, numbers(wirelens, len(packets)), out)
         return out
 
     def over_spans(
         self, buffer: Any, offsets: array[int], sizes: array[int], wirelens: Sequence[int] | None
     ) -> bytearray:
         """A 0 or 1 for each span. Raises `IndexError` for one that is not inside the buffer, `EmulationFault`."""
-        count = len(offsets)
-        out = bytearray(count)
-        lengths = _numbers(wirelens, count)
-        with read_address(buffer) as base, self.session() as session:
-            done = self._spans(
-                session.address, count, _place(lengths), host_address(out)[0], base, len(buffer),
-                offsets.buffer_info()[0], sizes.buffer_info()[0],
-            )  # fmt: skip
-            session.finish(0)
-        if done < count:
+        out = bytearray(len(offsets))
+        with self.session() as session:
+            lengths = numbers(wirelens, len(offsets))
+            done = self._loops.over_spans(session, buffer, offsets, sizes, lengths, out)
+        if done < len(offsets):
             raise IndexError(f"packet {done} is not inside the buffer of {len(buffer)} bytes")
         return out
 
@@ -270,7 +309,7 @@ class NativeBatch:
         return self._program.batch(self._code, self._subject, self._network, self._mac)
 
 
-def _numbers(values: Sequence[int] | None, count: int) -> array[int]:
+def numbers(values: Sequence[int] | None, count: int) -> array[int]:
     """Unsigned 64-bit numbers, none where there are none."""
     if values is not None and len(values) != count:
         raise ValueError(f"{len(values)} lengths for {count} packets")

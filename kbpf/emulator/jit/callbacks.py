@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 
 #: Helpers that leave the packet and what the context says of it as they are.
-_QUIET = frozenset(
+QUIET = frozenset(
     HELPERS[name]
     for name in ("map_lookup_elem", "map_update_elem", "map_delete_elem", "ktime_get_ns", "get_prandom_u32",
                  "get_smp_processor_id", "trace_printk")
@@ -75,7 +75,7 @@ def _helper(address_of_run: int, pc: int, number: int, *arguments: int) -> int:
     def action(run: NativeRun) -> int:
         before = run.state[DATA]
         result = session.program.helpers[number](run, *arguments)
-        if number not in _QUIET:
+        if number not in QUIET:
             session.changed(run, before)
         return result
 

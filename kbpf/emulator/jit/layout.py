@@ -24,7 +24,7 @@ RUNNING, RAISED, DECIDED = range(3)
 
 
 class Native(ctypes.Structure):
-    """One run, or the one of many packets that `serial` counts.
+    """One run.
 
     `half` is half of its budget. Addresses are the host's; `network` and `mac` count from `buffer`, -1 where there is
     none.
@@ -48,7 +48,6 @@ class Native(ctypes.Structure):
         ("cpu", ctypes.c_uint64),
         ("depth", ctypes.c_uint64),
         ("tail_calls", ctypes.c_uint64),
-        ("serial", ctypes.c_uint64),
     )
 
 

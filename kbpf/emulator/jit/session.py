@@ -55,7 +55,11 @@ class NativeRun(Run):
         self.session.empty(region.number)
 
     def _stack(self, frames: int) -> None:
-        super()._stack(frames)
+        stack = self.session.stack
+        if stack is None:
+            super()._stack(frames)
+        else:
+            self.readable[STACK] = self.writable[STACK] = stack
         self.session.show_stack(self.readable[STACK])
 
 
@@ -79,8 +83,8 @@ class Session:
         #: The rest of the run is the interpreter's, which gave this.
         self.interpreted = False
         self.result = 0
-        #: Which of many packets the interpreter's view is of.
-        self._serial = 0
+        #: What the runs over many packets have for a stack, where Python sees it.
+        self.stack: bytearray | None = None
         self._filled: list[int] = []
         self._kept: list[object] = []
         # Values of arrays stay where they are as long as the program does.
@@ -179,16 +183,20 @@ class Session:
         native.cpu = environment.cpu
         native.network, native.mac = network, mac
         self.given = (subject, None, None, 0, None)
+        if program.escapes:
+            self.stack = bytearray(ebpf.STACK_SIZE * code.frames)
+            self.show_stack(self.stack)
 
     def met(self) -> NativeRun:
         """The interpreter's view."""
         assert self.given is not None
         subject, packet, data, length, context = self.given
-        if self.run is not None and (data is not None or self._serial == self.native.serial):
+        if self.run is not None and data is not None:
             return self.run
         if data is None:
+            # One of many packets: perhaps another one than last time, and changed by native code since.
             self._drop_run()
-            native, self._serial = self.native, self.native.serial
+            native = self.native
             packet = subject.packet(
                 ctypes.string_at(native.buffer, native.buffer_size), native.length + native.data - native.buffer
             )
@@ -292,7 +300,7 @@ class Session:
 
     def clear(self) -> None:
         """Ready for another run, whatever became of the last one."""
-        self.pending, self.interpreted, self.given = None, False, None
+        self.pending, self.interpreted, self.given, self.stack = None, False, None, None
         self.native.status = RUNNING
         self.native.network = self.native.mac = -1
         self._drop_run()
