@@ -196,8 +196,13 @@ class Filter:
         network = _NETWORK.get(self.layout.name)
         live = self.layout.live
         mac = 0 if live and network == 14 else None
+        # What is worth native code goes through `_compiled`; what comes here is to stay in the interpreter.
         self._emulated = ClassicProgram(
-            self.instructions, network=0 if live and network is None else network, mac=mac, loops=not live
+            self.instructions,
+            network=0 if live and network is None else network,
+            mac=mac,
+            loops=not live,
+            engine="interpreter",
         )
         return self._emulated
 

@@ -21,6 +21,21 @@ def test_len_is_the_length_on_the_wire():
     assert kbpf.compile("len == 1000").run(FRAME) == 0
 
 
+@pytest.mark.requires("llvmlite")
+@pytest.mark.parametrize("layout", ("packet", None))
+def test_the_interpreter_runs_what_is_asked_of_it(layout, monkeypatch):
+    from kbpf.emulator import engines
+    from kbpf.filter import compile_filter
+
+    asked = []
+    monkeypatch.setattr(engines, "native_of", lambda code: asked.append(code))
+    monkeypatch.setattr(engines, "WORTH", 100)
+    spec = kbpf.compile("udp").spec if layout is None else compile_filter("udp", SOCKET_LAYOUTS[layout])
+    compiled = kbpf.Filter.from_spec(spec)
+    assert {compiled.run(FRAME, engine="interpreter") for _ in range(100)} == {len(FRAME)}
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     ("name", "packet", "kept"),
     [
