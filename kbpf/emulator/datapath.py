@@ -387,11 +387,12 @@ def _scrub(packet: Packet, target: EmulatedInterface) -> None:
 
 def _fit_header(packet: Packet, target: EmulatedInterface) -> bool:
     """Take the link header off for a device that has none; False where one is missing."""
-    size = (packet.network or 0) - packet.offset
+    network = packet.network or 0
     if not target.header:
-        packet.pull(max(size, 0))
+        packet.pull(max(network - packet.offset, 0))
         return True
-    return size > 0 and packet.length > 0
+    # It may lie before offset 0, where tunnels' programs begin.
+    return packet.mac is not None and packet.mac < network and packet.length > 0
 
 
 def _packet(frame: Frame, network: int, protocol: int) -> Packet:
