@@ -154,12 +154,18 @@ class MemoryAccess(NamedTuple):
 
 
 class TraceStep(NamedTuple):
-    """One instruction of a run, at index `pc`: the registers whose values it changed, and the memory it touched."""
+    """One instruction of a run, at index `pc`: the registers whose values it changed, and the memory it touched.
+
+    `program` is the id of the program that it is of: after a tail call another one than at first. `depth` counts the
+    functions that wait for this one to return.
+    """
 
     pc: int
     instruction: Instruction
     registers: dict[int, int]
     memory: tuple[MemoryAccess, ...]
+    program: int
+    depth: int
 
 
 class LoadRefused(OSError):

@@ -1,7 +1,7 @@
 """A run, step by step: what each instruction did to registers and memory.
 
 The program is run to its end first, so that what a step shows does not change any more. What a helper touched is not
-shown, nor the steps of the programs behind tail calls.
+shown.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 from kbpf.backend import MemoryAccess, TraceStep
 from kbpf.emulator import test_runs
-from kbpf.emulator.interpreter import Code
+from kbpf.emulator.interpreter import SWITCHED, Code, Run
 from kbpf.emulator.memory import CONTEXT, FLOW_KEYS, M32, PACKET, STACK
 from kbpf.emulator.program import Program
-from kbpf.emulator.semantics import State, Step
+from kbpf.emulator.semantics import RUN, State, Step
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
@@ -25,38 +25,61 @@ _REGIONS = {CONTEXT: "context", STACK: "stack", PACKET: "packet", FLOW_KEYS: "fl
 
 def trace(program: Program, data: bytes, context: bytes) -> Iterator[TraceStep]:
     """The steps of one test run; raises what the run raises, an `EmulationFault` after the steps that led to it."""
-    taken: list[TraceStep] = []
+    watch = _Watch()
     watched = copy.copy(program)
-    instructions = program.spec.instructions
-    steps = [
-        _recorded(step, pc, instructions[pc], taken) if pc < len(instructions) else step
-        for pc, step in enumerate(program.code.steps)
-    ]
-    watched.code = Code(steps, program.code.functions, program.code.frames)
+    watched.code = watch.of(program.code, program)
     fault = None
     try:
         test_runs.run(watched, data, context)
     except EmulationFault as error:
         fault = error
-    return _shown(taken, fault)
+    return _shown(watch.taken, fault)
+
+
+class _Watch:
+    """The steps that were taken, and code that notes them down."""
+
+    def __init__(self) -> None:
+        self.taken: list[TraceStep] = []
+        self._watched: dict[Code, Code] = {}
+
+    def of(self, code: Code, program: Program) -> Code:
+        """The code of a program, watched."""
+        if code not in self._watched:
+            instructions = program.spec.instructions
+            steps = [
+                self._recorded(step, pc, instructions[pc], program.id) if pc < len(instructions) else step
+                for pc, step in enumerate(code.steps)
+            ]
+            self._watched[code] = Code(steps, code.functions, code.frames)
+        return self._watched[code]
+
+    def _recorded(self, step: Step, pc: int, instruction: Instruction, program: int) -> Step:
+        taken = self.taken
+
+        def recorded(r: State) -> int:
+            before, depth = r[: ebpf.REGISTERS], len(getattr(r[RUN], "frames", ()))
+            accesses = _accesses(r, instruction)
+            following = step(r)
+            changed = {number: r[number] for number in range(ebpf.REGISTERS) if r[number] != before[number]}
+            taken.append(TraceStep(pc, instruction, changed, accesses, program, depth))
+            if following == SWITCHED:
+                self._follow(r[RUN])
+            return following
+
+        return recorded
+
+    def _follow(self, run: Run) -> None:
+        """Watch what the run goes on in: a program that was tail called."""
+        program = run.code.program()
+        if isinstance(program, Program):
+            run.code = self.of(run.code, program)
 
 
 def _shown(taken: list[TraceStep], fault: EmulationFault | None) -> Iterator[TraceStep]:
     yield from taken
     if fault is not None:
         raise fault
-
-
-def _recorded(step: Step, pc: int, instruction: Instruction, taken: list[TraceStep]) -> Step:
-    def recorded(r: State) -> int:
-        before = r[: ebpf.REGISTERS]
-        accesses = _accesses(r, instruction)
-        following = step(r)
-        changed = {number: r[number] for number in range(ebpf.REGISTERS) if r[number] != before[number]}
-        taken.append(TraceStep(pc, instruction, changed, accesses))
-        return following
-
-    return recorded
 
 
 def _accesses(r: State, instruction: Instruction) -> tuple[MemoryAccess, ...]:

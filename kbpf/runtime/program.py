@@ -184,7 +184,7 @@ class Program(Resource):
         """The steps of one run over `data`, as `run` takes it: instructions, registers changed, memory touched.
 
         The emulator's alone: raises `NotSupportedError` for a program in the kernel. A run that faults gives the steps
-        until then and raises `EmulationFault`. What helpers touch is not shown, nor programs behind tail calls.
+        until then and raises `EmulationFault`. What helpers touch is not shown.
         """
         raw = self._packed_context(context)
         with doing(self._backend, f"trace {self.label}", operation="prog_test_run", program_type=self.type):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from mapcode import described
 from sides import FRAME
 
 import kbpf
 from kbpf.backend import MemoryAccess
 from kbpf.isa import ebpf
-from kbpf.isa.ebpf import Instruction
-from kbpf.specs import ProgramSpec
+from kbpf.isa.ebpf import Instruction, ld_imm64
+from kbpf.specs import MapSpec, ProgramSpec
 
 I = Instruction  # noqa: E741
 EXIT = I(ebpf.JMP | ebpf.EXIT)
@@ -72,6 +73,54 @@ def test_what_a_run_refuses_a_trace_refuses() -> None:
         pytest.raises(kbpf.BpfError),
     ):
         loaded.trace(b"short")
+
+
+def test_functions_and_tail_called_programs_are_told_apart() -> None:
+    """A function of the first program tail calls the second one, which has a function too."""
+    ret = I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 7)
+    second = (I(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_CALL, 0, 1), EXIT, ret, EXIT)
+    first = (
+        I(ebpf.JMP | ebpf.CALL, 0, ebpf.PSEUDO_CALL, 0, 2),
+        I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 1),
+        EXIT,
+        *ld_imm64(2, 0, ebpf.PSEUDO_MAP_IDX),
+        I(ebpf.ALU64 | ebpf.MOV, 3),
+        I(ebpf.JMP | ebpf.CALL, 0, 0, 0, 12),
+        I(ebpf.ALU64 | ebpf.MOV, 0),
+        EXIT,
+    )
+    described_first = described([0, 3])
+    array = MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=1)
+    with (
+        kbpf.load_program(ProgramSpec(instructions=second), backend="emulator") as other,
+        kbpf.load_program(
+            ProgramSpec(instructions=first, maps=(array,), **described_first), backend="emulator"
+        ) as program,
+    ):
+        program.maps[0][0] = other.fileno()
+        steps = list(program.trace(FRAME))
+        one, two = program.id, other.id
+    assert [(step.program, step.pc, step.depth) for step in steps] == [
+        (one, 0, 0), (one, 3, 1), (one, 5, 1), (one, 6, 1), (two, 0, 1), (two, 2, 2), (two, 3, 2), (two, 1, 1),
+        (one, 1, 0), (one, 2, 0),
+    ]  # fmt: skip
+    assert steps[-2].registers == {0: 8}
+
+
+def test_a_program_that_tail_calls_itself_is_shown_each_time() -> None:
+    body = (
+        *ld_imm64(2, 0, ebpf.PSEUDO_MAP_IDX),
+        I(ebpf.ALU64 | ebpf.MOV, 3),
+        I(ebpf.JMP | ebpf.CALL, 0, 0, 0, 12),
+        I(ebpf.ALU64 | ebpf.MOV, 0),
+        EXIT,
+    )
+    array = MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=1)
+    with kbpf.load_program(ProgramSpec(instructions=body, maps=(array,)), backend="emulator") as program:
+        program.maps[0][0] = program.fileno()
+        steps = list(program.trace(FRAME))
+        del program.maps[0][0]
+    assert sum(step.pc == 0 for step in steps) == 34
 
 
 @pytest.mark.requires("kernel")
