@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.captures import run_capture
     from kbpf.runtime.collection import Collection, load
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
-    from kbpf.runtime.interface import attached_programs
+    from kbpf.runtime.interface import attached_programs, interface_index
     from kbpf.runtime.link import InterfaceLink, Link, SocketLink
     from kbpf.runtime.map import Map
     from kbpf.runtime.packets import Packets
@@ -67,6 +67,7 @@ _HOMES = {
     "compile": "runtime.filter",
     "compile_ebpf": "runtime.filter",
     "emulator": "",
+    "interface_index": "runtime.interface",
     "load": "runtime.collection",
     "load_program": "runtime.program",
     "packet_socket": "runtime.attach",
@@ -110,6 +111,7 @@ __all__ = [
     "compile",
     "compile_ebpf",
     "emulator",
+    "interface_index",
     "load",
     "load_program",
     "packet_socket",

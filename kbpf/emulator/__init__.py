@@ -13,7 +13,7 @@ from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
 from kbpf.emulator.interface import EmulatedInterface
-from kbpf.emulator.network import Network, add_interface, add_pair, current, inject, reset
+from kbpf.emulator.network import Network, add_interface, add_pair, capture, current, inject, play, reset
 from kbpf.emulator.sock import Sock
 from kbpf.emulator.task import Area, Task, current_task
 from kbpf.emulator.tracing import Event
@@ -30,11 +30,13 @@ __all__ = [
     "Task",
     "add_interface",
     "add_pair",
+    "capture",
     "current",
     "current_task",
     "environment",
     "fire",
     "inject",
+    "play",
     "reset",
     "run_program",
 ]

@@ -374,6 +374,7 @@ class EmulatorBackend:
         return Attached(chain.revision, programs, tuple(link.id for link in chain.links))
 
     def interface_index(self, name: str) -> int:
+        network.current().bindable(name)
         return network.current().interface(name).index
 
     # Sockets.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable
 
 from kbpf.emulator.environment import environment
@@ -88,6 +89,12 @@ def run_due() -> None:
     now = environment.clock()
     while (event := timeline.take_due(now)) is not None:
         event.action()
+
+
+def wall_time() -> int:
+    """Nanoseconds since 1970, or what a `ManualClock` says where one is set: the times that frames carry."""
+    clock = environment.clock
+    return clock() if isinstance(clock, ManualClock) else time.time_ns()
 
 
 class ManualClock:

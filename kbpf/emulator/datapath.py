@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kbpf.emulator import ethernet, hooks
 from kbpf.emulator.ethernet import Tag
-from kbpf.emulator.interface import EmulatedInterface
+from kbpf.emulator.interface import EmulatedInterface, SentFrame
 from kbpf.emulator.neighbours import address_packet
 from kbpf.emulator.packet import Packet, Redirect
 from kbpf.emulator.xdp import XdpBuff
@@ -163,6 +163,7 @@ class Datapath:
         """Into the cable (`veth_xmit`, `loopback_xmit`)."""
         target = device if device.loopback else device.peer
         counters, length = device.counters, _counted(target or device, packet)
+        sent = SentFrame(packet.data, packet.timestamp_ns)
         if target is not None and not device.loopback and not self._forward(target, packet):
             counters.tx_dropped += 1
             return _DROPPED
@@ -172,6 +173,7 @@ class Datapath:
                 return _DROPPED
         counters.tx_packets += 1
         counters.tx_bytes += length
+        _show(device, sent)
         return _SENT
 
     @staticmethod
@@ -294,6 +296,7 @@ class Datapath:
             return False
         device.counters.tx_packets += 1
         device.counters.tx_bytes += packet.length
+        _show(device, SentFrame(packet.data, packet.timestamp_ns))
         if taker is not None:
             _receive_later(taker, _bare(packet))
         return True
@@ -352,6 +355,11 @@ class Datapath:
             return self.transmit(target, packet)
         finally:
             backlog.nested -= 1
+
+
+def _show(device: EmulatedInterface, frame: SentFrame) -> None:
+    for frames in device.captures:
+        frames.append(frame)
 
 
 def _bare(packet: Packet) -> Packet:

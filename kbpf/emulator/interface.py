@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbpf.emulator import ethernet
 from kbpf.emulator.replay import Replay
@@ -25,6 +25,13 @@ class Counters:
     tx_bytes: int = 0
     rx_dropped: int = 0
     tx_dropped: int = 0
+
+
+class SentFrame(NamedTuple):
+    """A frame that has left an interface, and when, in nanoseconds since 1970."""
+
+    data: bytes
+    timestamp_ns: int
 
 
 @dataclass(eq=False)
@@ -50,10 +57,17 @@ class EmulatedInterface:
     xdp_native: XdpLink | None = field(default=None, repr=False)
     xdp_generic: XdpLink | None = field(default=None, repr=False)
     tcx: dict[str, Chain] = field(default_factory=dict, repr=False)
+    #: Who wants to know what leaves.
+    captures: list[list[SentFrame]] = field(default_factory=list, repr=False)
 
     @property
     def loopback(self) -> bool:
         return self.hatype == ethernet.ARPHRD_LOOPBACK
+
+    @property
+    def watched(self) -> bool:
+        """Whether a program sees what comes in."""
+        return self.xdp_native is not None or self.xdp_generic is not None or "tcx_ingress" in self.tcx
 
     @property
     def runs_xdp(self) -> bool:

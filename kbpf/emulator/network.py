@@ -16,15 +16,16 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import time
 import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from kbpf.emulator import ethernet
-from kbpf.emulator.clock import run_due
+from kbpf.emulator.clock import run_due, wall_time
 from kbpf.emulator.datapath import Datapath, Frame, ProtocolHandler, backlog
 from kbpf.emulator.ethernet import Tag
-from kbpf.emulator.interface import ETHERNET_MTU, LOOPBACK_MTU, EmulatedInterface
+from kbpf.emulator.interface import ETHERNET_MTU, LOOPBACK_MTU, EmulatedInterface, SentFrame
 from kbpf.emulator.links import detach_all
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
@@ -119,9 +120,9 @@ class Network:
         """Let a frame, with its link header, arrive on an interface.
 
         On loopback it goes out and comes in, and a packet socket sees it twice. `timestamp` is in seconds since 1970,
-        by default now. `wirelen` is the frame's length where its end was cut off. `pkt_type` (PACKET_*) delivers it
-        once, as that. `vlan` is the tag that the card took out, a TCI or (TCI, EtherType); a tag in the bytes of a
-        received frame is taken out as Linux does.
+        by default now, or the time of a `ManualClock`. `wirelen` is the frame's length where its end was cut off.
+        `pkt_type` (PACKET_*) delivers it once, as that. `vlan` is the tag that the card took out, a TCI or
+        (TCI, EtherType); a tag in the bytes of a received frame is taken out as Linux does.
 
         Raises `OSError` ENODEV for an unknown interface, `ValueError` for a frame without a whole link header.
         """
@@ -131,7 +132,7 @@ class Network:
         if wirelen is not None and wirelen < len(frame):
             raise ValueError(f"a frame of {len(frame)} bytes was not {wirelen} bytes on the wire")
         tag = None if vlan is None else Tag(vlan) if isinstance(vlan, int) else Tag(*vlan)
-        stamp = time.time_ns() if timestamp is None else round(timestamp * 1_000_000_000)
+        stamp = wall_time() if timestamp is None else round(timestamp * 1_000_000_000)
         self._arrive(device, Frame(bytes(frame), wirelen or len(frame), stamp, mark, tag), pkt_type)
 
     def _arrive(self, device: EmulatedInterface, frame: Frame, pkt_type: int | None = None) -> None:
@@ -201,6 +202,22 @@ class Network:
 
     # Captures.
 
+    @contextmanager
+    def capture(self, interface: str) -> Iterator[list[SentFrame]]:
+        """The frames that leave an interface while ``with`` lasts, in a list that grows.
+
+        What programs throw away is not among them, and what XDP sends past the packet sockets is.
+        """
+        device = self.interface(interface)
+        frames: list[SentFrame] = []
+        with self.lock:
+            device.captures.append(frames)
+        try:
+            yield frames
+        finally:
+            with self.lock:
+                device.captures.remove(frames)
+
     def play(self, interface: str, source: str | os.PathLike[str] | bytes) -> None:
         """Play a capture on an interface, as ``KBPF_EMULATED_CAPTURE`` does."""
         device = self.interface(interface)
@@ -226,13 +243,19 @@ class Network:
             return False
 
     def settle(self) -> None:
-        """Bring all frames of the captures that sockets with an eBPF program wait for. Map reads call this first."""
+        """Bring all frames of the captures that sockets and interfaces with an eBPF program wait for.
+
+        Map reads call this first.
+        """
         if not any(device.feed for device in self._interfaces.values()):
             return
         for socket in list(self._sockets):
             if socket.slot.program is not None and socket.slot.classic is None:
                 while self.advance(socket.interface):
                     pass
+        for device in list(self._interfaces.values()):
+            while device.watched and self.advance(device):
+                pass
 
 
 _network = Network()
@@ -273,6 +296,16 @@ def add_interface(
 def add_pair(first: str, second: str) -> tuple[EmulatedInterface, EmulatedInterface]:
     """`Network.add_pair` on the current network."""
     return current().add_pair(first, second)
+
+
+def capture(interface: str) -> AbstractContextManager[list[SentFrame]]:
+    """`Network.capture` on the current network: what leaves an interface, with its times."""
+    return current().capture(interface)
+
+
+def play(interface: str, source: str | os.PathLike[str] | bytes) -> None:
+    """`Network.play` on the current network: frames from a capture file, or its bytes."""
+    current().play(interface, source)
 
 
 def settle() -> None:

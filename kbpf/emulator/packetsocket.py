@@ -12,12 +12,12 @@ import itertools
 import os
 import socket as _socket
 import struct
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from kbpf.emulator import ethernet
+from kbpf.emulator.clock import wall_time
 from kbpf.emulator.datapath import Frame
 from kbpf.emulator.endpoint import Ancillary, DatagramEndpoint, Endpoint, Message, Option, flag, truesize
 from kbpf.emulator.interface import EmulatedInterface
@@ -170,7 +170,7 @@ class EmulatedPacketSocket(DatagramEndpoint):
         tagged = device.header and ethernet.ether_type(frame) == ethernet.ETH_P_8021Q
         if len(frame) > device.mtu + device.header + (4 if tagged else 0):
             raise error(errno.EMSGSIZE)
-        if self.network.transmit(device, Frame(frame, len(frame), time.time_ns(), self._mark), self):
+        if self.network.transmit(device, Frame(frame, len(frame), wall_time(), self._mark), self):
             raise error(errno.ENOBUFS)
         return len(data)
 

@@ -60,6 +60,13 @@ def attach_to_interface(
     return InterfaceLink(backend, fd, program, where)
 
 
+def interface_index(name: str, backend: str | None = None) -> int:
+    """The index of an interface, which programs redirect to; `BpfError` (ENODEV) for an unknown one."""
+    chosen: Backend = select(backend)
+    with doing(chosen, f"find the interface {name}", operation="if_nametoindex"):
+        return chosen.interface_index(name)
+
+
 def attached_programs(interface: str | int, attach_type: str, backend: str | None = None) -> Attached:
     """The traffic control programs of an interface, in the order in which they run (BPF_PROG_QUERY, Linux 6.6).
 

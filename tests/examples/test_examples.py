@@ -126,3 +126,29 @@ def test_the_demonstration_emulates_ebpf_without_privileges(unprivileged):
     assert "kernel: 'udp and less 13' on the socket" in done.stdout
     assert "kernel: 'udp and dst port 7070' passed 4 frames" in done.stdout
     assert re.search(r"emulator: ICMP \d+, TCP \d+, UDP 1584 bytes counted", done.stdout)
+
+
+GATE = """\
+gate3: frame 0 of 54 bytes, protocol 6
+gate3: frame 2 of 54 bytes, protocol 1
+gate3: frame 4 of 54 bytes, protocol 6
+ICMP: 1 passed, 0 dropped
+TCP: 2 passed, 0 dropped
+UDP: 0 passed, 2 dropped
+"""
+
+
+def test_the_gate_in_the_emulator():
+    done = run("gate.py", KBPF_BACKEND="emulator")
+    assert (done.stdout, done.stderr) == (GATE, "")
+
+
+@pytest.mark.requires("kernel", "netns")
+def test_the_gate_on_the_kernel(netns):
+    for one, other in (("gate0", "gate1"), ("gate2", "gate3")):
+        netns.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+        netns.run("ip", "link", "add", one, "type", "veth", "peer", "name", other)
+        netns.run("ip", "link", "set", one, "up")
+        netns.run("ip", "link", "set", other, "up")
+    done = netns.run("env", "KBPF_BACKEND=kernel", sys.executable, str(EXAMPLES / "gate.py"))
+    assert (done.stdout, done.stderr) == (GATE, "")
