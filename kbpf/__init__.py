@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.collection import Collection, load
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.interface import attached_programs, interface_index
-    from kbpf.runtime.link import InterfaceLink, Link, SocketLink
+    from kbpf.runtime.link import CgroupLink, InterfaceLink, Link, SocketLink
     from kbpf.runtime.map import Map
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
@@ -48,6 +48,7 @@ _HOMES = {
     "CollectionSpec": "specs",
     "Filter": "runtime.filter",
     "FilterSpec": "specs",
+    "CgroupLink": "runtime.link",
     "InterfaceLink": "runtime.link",
     "Link": "runtime.link",
     "Map": "runtime.map",
@@ -77,6 +78,7 @@ _HOMES = {
 
 __all__ = [
     "BpfError",
+    "CgroupLink",
     "Collection",
     "CollectionSpec",
     "EmulationFault",

@@ -98,8 +98,9 @@ class LinkInfo(NamedTuple):
     id: int
     program_id: int
     attach_type: str = ""
-    #: The interface's index; 0 once the link is detached or the interface is gone.
+    #: The interface's index, or the control group's id; 0 once the link is detached or what it leads to is gone.
     ifindex: int = 0
+    cgroup_id: int = 0
 
 
 class Attached(NamedTuple):
@@ -295,7 +296,8 @@ class Backend(Protocol):
         """
         ...
 
-    # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``.
+    # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``, a control group's
+    # descriptor for ``cgroup_*``.
 
     def link_create(
         self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
@@ -304,7 +306,8 @@ class Backend(Protocol):
 
         `flags` are XDP_FLAGS_*_MODE for XDP, and for tcx BPF_F_BEFORE or BPF_F_AFTER what `relative` means: a program's
         descriptor, or with BPF_F_LINK a link's, with BPF_F_ID its id; 0 is all that is there. ESTALE where `revision`
-        is given and not the place's.
+        is given and not the place's. Control groups have the same since Linux 6.17, but only links to go before or
+        after, and BPF_F_PREORDER (6.16).
         """
         ...
 
@@ -319,7 +322,11 @@ class Backend(Protocol):
     def link_info(self, link: int) -> LinkInfo: ...
 
     def program_query(self, target: int, attach_type: str) -> Attached:
-        """BPF_PROG_QUERY of a place with an order (tcx)."""
+        """BPF_PROG_QUERY of a place with an order: tcx, and control groups, which tell of no links."""
+        ...
+
+    def cgroup_open(self, path: str) -> int:
+        """A descriptor of a control group, by its directory; ENOENT, ENOTDIR."""
         ...
 
     def interface_index(self, name: str) -> int:

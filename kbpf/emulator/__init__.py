@@ -9,6 +9,7 @@ thread that programs run in, `fire` makes an event happen that programs are atta
 
 from kbpf.emulator.attached import fire
 from kbpf.emulator.cgroup import Cgroup
+from kbpf.emulator.cgroups import Group, add_cgroup, remove_cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
@@ -24,10 +25,12 @@ __all__ = [
     "EmulatedInterface",
     "Event",
     "EventRun",
+    "Group",
     "ManualClock",
     "Network",
     "Sock",
     "Task",
+    "add_cgroup",
     "add_interface",
     "add_pair",
     "capture",
@@ -37,6 +40,7 @@ __all__ = [
     "fire",
     "inject",
     "play",
+    "remove_cgroup",
     "reset",
     "run_program",
 ]

@@ -30,7 +30,7 @@ from kbpf.backend import (
     TraceStep,
     refused_by_object,
 )
-from kbpf.emulator import links, maps, network, sockets, test_runs, trace
+from kbpf.emulator import cgroup_links, cgroups, links, maps, network, sockets, test_runs, trace
 from kbpf.emulator.attached import Attachment, attach
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
@@ -46,7 +46,7 @@ FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
 
 
-Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment | links.Link"
+Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment | links.Link | cgroups.Group"
 
 _OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {"map": MAPS, "program": PROGRAMS, "link": links.LINKS}
 #: The type of programs that each place for links takes.
@@ -220,7 +220,7 @@ class EmulatorBackend:
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         network.settle()
         found = self._handle(fd)
-        if isinstance(found, (Program, Attachment, links.Link)):
+        if isinstance(found, (Program, Attachment, links.Link, cgroups.Group)):
             raise refused(errno.ENODEV)
         return found.memory(offset, size, writable)
 
@@ -333,6 +333,12 @@ class EmulatorBackend:
         self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
     ) -> int:
         found = self.program(program)
+        if attach_type.startswith("cgroup_"):
+            cgroup_links.check(found, attach_type, flags)
+            with network.current().lock:
+                group = self._group(target)
+                there = cgroup_links.attach(found, group, attach_type, flags, relative, revision, self)
+                return self._open(there)
         if attach_type not in _LINKED:
             raise OSError(errno.EOPNOTSUPP, f"the emulator does not attach programs to {attach_type} yet")
         if found.type != _LINKED[attach_type]:
@@ -347,7 +353,6 @@ class EmulatorBackend:
                 if device is None:
                     raise refused(errno.ENODEV)
                 made = links.attach_tcx(found, device, attach_type, flags, relative, revision, self)
-            links.LINKS[made.id] = made
             return self._open(made)
 
     def link_update(self, link: int, program: int, old: int | None = None) -> None:
@@ -361,17 +366,27 @@ class EmulatorBackend:
             found.detach()
 
     def link_info(self, link: int) -> LinkInfo:
-        found = self.link(link)
-        index = found.device.index if found.device is not None else 0
-        return LinkInfo(found.type, found.id, found.program.id, found.attach_type, index)
+        return self.link(link).info
 
     def program_query(self, target: int, attach_type: str) -> Attached:
+        if attach_type.startswith("cgroup_"):
+            return cgroup_links.query(self._group(target), attach_type)
         device = network.current().by_index(target)
         if device is None:
             raise refused(errno.ENODEV)
         chain = device.tcx.get(attach_type, links.Chain())
         programs = tuple(link.program.id for link in chain.links)
         return Attached(chain.revision, programs, tuple(link.id for link in chain.links))
+
+    def cgroup_open(self, path: str) -> int:
+        return self._open(cgroups.find(path))
+
+    def _group(self, fd: int) -> cgroups.Group:
+        """The control group behind a descriptor; EBADF."""
+        found = self._handle(fd)
+        if not isinstance(found, cgroups.Group):
+            raise refused(errno.EBADF)
+        return found
 
     def interface_index(self, name: str) -> int:
         network.current().bindable(name)

@@ -1,4 +1,4 @@
-"""BPF links: programs on network devices, as long as somebody holds the link and the device is there.
+"""BPF links: programs at a place, as long as somebody holds the link and the place is there; those on network devices.
 
 A device runs one XDP program (net/core/dev.c), and an ordered list of traffic control programs for each direction
 (kernel/bpf/tcx.c, mprog.c, Linux 6.6).
@@ -11,6 +11,7 @@ import itertools
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
+from kbpf.backend import LinkInfo
 from kbpf.emulator.slot import error
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import ATTACH_TYPES
@@ -36,22 +37,22 @@ class Descriptors(Protocol):
 
 
 class Link:
-    """A program at a place. `device` is None once it is detached or the device is gone."""
+    """A program at a place."""
 
     #: bpftool's name of the link type.
     type: str
 
-    def __init__(self, program: Program, device: EmulatedInterface, attach_type: str) -> None:
+    def __init__(self, program: Program, attach_type: str) -> None:
         self.program = program
-        self.device: EmulatedInterface | None = device
         self.attach_type = attach_type
         self.id = next(_ids)
         #: Descriptors and pins: the last one that goes takes the link with it.
         self.users = 0
+        LINKS[self.id] = self
 
     def update(self, program: Program, old: Program | None) -> None:
         """BPF_LINK_UPDATE; `old` is the program that is expected to be there."""
-        if self.device is None:
+        if not self.attached:
             raise error(errno.ENOLINK)
         if old is not None and old is not self.program:
             raise error(errno.EPERM)
@@ -59,17 +60,21 @@ class Link:
             self.replace(program)
             self.program = program
 
+    @property
+    def attached(self) -> bool:
+        """Whether it is there: not detached, and the place not gone."""
+        raise NotImplementedError
+
+    @property
+    def info(self) -> LinkInfo:
+        raise NotImplementedError
+
     def replace(self, program: Program) -> None:
         """Check another program, and make it the one that runs."""
         raise NotImplementedError
 
     def detach(self) -> None:
         """BPF_LINK_DETACH; nothing if it is detached."""
-        device, self.device = self.device, None
-        if device is not None:
-            self.take_off(device)
-
-    def take_off(self, device: EmulatedInterface) -> None:
         raise NotImplementedError
 
     def opened(self) -> None:
@@ -87,7 +92,32 @@ _ids = itertools.count(1)
 LINKS: WeakValueDictionary[int, Link] = WeakValueDictionary()
 
 
-class XdpLink(Link):
+class DeviceLink(Link):
+    """A program on a device, which is None once the link is detached or the device is gone."""
+
+    def __init__(self, program: Program, device: EmulatedInterface, attach_type: str) -> None:
+        super().__init__(program, attach_type)
+        self.device: EmulatedInterface | None = device
+
+    @property
+    def attached(self) -> bool:
+        return self.device is not None
+
+    @property
+    def info(self) -> LinkInfo:
+        index = self.device.index if self.device is not None else 0
+        return LinkInfo(self.type, self.id, self.program.id, self.attach_type, index)
+
+    def detach(self) -> None:
+        device, self.device = self.device, None
+        if device is not None:
+            self.take_off(device)
+
+    def take_off(self, device: EmulatedInterface) -> None:
+        raise NotImplementedError
+
+
+class XdpLink(DeviceLink):
     type = "xdp"
 
     @property
@@ -132,7 +162,7 @@ def attach_xdp(program: Program, device: EmulatedInterface, flags: int) -> XdpLi
     return made
 
 
-class TcxLink(Link):
+class TcxLink(DeviceLink):
     type = "tcx"
 
     def replace(self, program: Program) -> None:

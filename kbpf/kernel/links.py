@@ -1,12 +1,13 @@
 """Link commands of bpf(2): create (Linux 5.7), update (5.7), detach (5.9), info (5.8); and queries of a place (4.15).
 
-A link to an interface needs CAP_NET_ADMIN. It goes with its last descriptor or pin, and with the interface it becomes
-a link to nothing. What an interface runs by netlink (clsact, ``ip link set xdp``) is in places of its own.
+A link needs CAP_NET_ADMIN. It goes with its last descriptor or pin, and with the interface or the control group it
+becomes a link to nothing. What an interface runs by netlink (clsact, ``ip link set xdp``) is in places of its own.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 
 from kbpf.backend import Attached, LinkInfo
@@ -46,12 +47,14 @@ class LinkCommands:
     def link_info(self, link: int) -> LinkInfo:
         info = Info("bpf_link_info", link)
         type = _TYPE_NAMES.get(info["type"], str(info["type"]))
-        attach_type, ifindex = "", 0
+        attach_type, ifindex, group = "", 0, 0
         if type == "xdp":
             attach_type, ifindex = "xdp", info["xdp.ifindex"]
         elif type == "tcx":
             attach_type, ifindex = _ATTACH_NAMES[info["tcx.attach_type"]], info["tcx.ifindex"]
-        return LinkInfo(type, info["id"], info["prog_id"], attach_type, ifindex)
+        elif type == "cgroup":
+            attach_type, group = _ATTACH_NAMES[info["cgroup.attach_type"]], info["cgroup.cgroup_id"]
+        return LinkInfo(type, info["id"], info["prog_id"], attach_type, ifindex, group)
 
     def program_query(self, target: int, attach_type: str) -> Attached:
         programs, links = syscall.Buffer(4 * _MOST_PROGRAMS), syscall.Buffer(4 * _MOST_PROGRAMS)
@@ -62,10 +65,15 @@ class LinkCommands:
             prog_ids=programs.address,
             link_ids=links.address,
             count=_MOST_PROGRAMS,
+            # For control groups it is written only where the attributes are said to reach so far.
+            revision=1,
         )
         attr.issue()
         found = [tuple(memoryview(ids.read(4 * attr["count"])).cast("I")) for ids in (programs, links)]
-        return Attached(attr["revision"], *found)
+        return Attached(attr["revision"], found[0], found[1] if any(found[1]) else ())
+
+    def cgroup_open(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def interface_index(self, name: str) -> int:
         try:

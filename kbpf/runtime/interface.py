@@ -12,7 +12,7 @@ from typing import Literal
 from kbpf.backend import Attached, Backend
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
-from kbpf.runtime.link import InterfaceLink
+from kbpf.runtime.link import BpfLink, InterfaceLink
 from kbpf.runtime.program import Program
 from kbpf.uapi import constants as uapi
 
@@ -28,8 +28,8 @@ def attach_to_interface(
     attach_type: str | None = None,
     *,
     mode: Mode | None = None,
-    before: InterfaceLink | Program | Literal["all"] | None = None,
-    after: InterfaceLink | Program | Literal["all"] | None = None,
+    before: BpfLink | Program | Literal["all"] | None = None,
+    after: BpfLink | Program | Literal["all"] | None = None,
 ) -> InterfaceLink:
     """What `Program.attach` does for an interface."""
     backend = program._backend
@@ -50,7 +50,7 @@ def attach_to_interface(
             flags |= flag
             if not isinstance(other, str):
                 relative = other.fileno()
-                flags |= uapi.BPF_F_LINK if isinstance(other, InterfaceLink) else 0
+                flags |= uapi.BPF_F_LINK if isinstance(other, BpfLink) else 0
     if before is not None and after is not None:
         raise ValueError("before and after name two places")
     where = f"{interface} ({place})"

@@ -1,4 +1,4 @@
-"""What is attached, as long as it is there: a filter on a socket, a program on an interface."""
+"""What is attached, as long as it is there: a filter on a socket, a program on an interface or a control group."""
 
 from __future__ import annotations
 
@@ -140,11 +140,11 @@ class SocketLink(Link):
         return f"<SocketLink {what} on {self.socket!r}, {self.backend}>"
 
 
-class InterfaceLink(Resource, Link):
-    """What `Program.attach` gives for an interface: a BPF link (Linux 5.7), which owns a descriptor.
+class BpfLink(Resource, Link):
+    """A BPF link (Linux 5.7), which owns a descriptor.
 
     Closing it takes the program off, as leaving ``with`` does, unless the link is pinned or somebody else has it open.
-    Where the interface goes away the link stays, and leads nowhere.
+    Where what it leads to goes away the link stays, and leads nowhere.
     """
 
     attached: Program | None
@@ -155,7 +155,7 @@ class InterfaceLink(Resource, Link):
 
     @property
     def info(self) -> LinkInfo:
-        """The link's type and id, its program's id, and the interface's index, which is 0 once it is off."""
+        """The link's type and id, its program's id, and the interface's index or the group's id, 0 once it is off."""
         with doing(self._backend, f"read the info of the {self.label}", operation="obj_get_info_by_fd"):
             return self._backend.link_info(self.fileno())
 
@@ -164,7 +164,7 @@ class InterfaceLink(Resource, Link):
         return self.info.id
 
     def update(self, program: Program, *, expected: Program | None = None) -> None:
-        """BPF_LINK_UPDATE: another program of the same type in its place, with no packet between them without one.
+        """BPF_LINK_UPDATE: another program of the same type in its place, with no moment between them without one.
 
         Raises `PermissionDeniedError` (EPERM) where the program there is not the `expected` one, `BpfError` (ENOLINK)
         once it is detached, `BpfError` (EINVAL) for another type of program. The old program then stays.
@@ -181,10 +181,10 @@ class InterfaceLink(Resource, Link):
         if self.closed:
             return False
         with doing(self._backend, f"detach the {self.label}", operation="link_detach"):
-            was = self._backend.link_info(self.fileno()).ifindex != 0
+            before = self._backend.link_info(self.fileno())
             self._backend.link_detach(self.fileno())
         self.close()
-        return was
+        return bool(before.ifindex or before.cgroup_id)
 
     def pin(self, path: str) -> None:
         """Pin on a BPF file system: the program stays attached when the link is closed, and the process ends."""
@@ -196,4 +196,12 @@ class InterfaceLink(Resource, Link):
         self.attached = None
 
     def __repr__(self) -> str:
-        return f"<InterfaceLink {self.label}, {'closed' if self.closed else self.backend}>"
+        return f"<{type(self).__name__} {self.label}, {'closed' if self.closed else self.backend}>"
+
+
+class InterfaceLink(BpfLink):
+    """What `Program.attach` gives for an interface."""
+
+
+class CgroupLink(BpfLink):
+    """What `Program.attach` gives for a control group."""

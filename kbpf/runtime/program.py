@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from array import array
@@ -18,7 +19,7 @@ from kbpf.specs import ProgramSpec
 
 if TYPE_CHECKING:
     from kbpf.runtime.event_link import EventLink
-    from kbpf.runtime.link import InterfaceLink, Link, SocketLink
+    from kbpf.runtime.link import BpfLink, Link, SocketLink
     from kbpf.specs import EventSource
 
 # The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
@@ -206,13 +207,13 @@ class Program(Resource):
     @overload
     def attach(
         self,
-        target: str | int,
+        target: str | int | os.PathLike[str],
         attach_type: str | None = None,
         *,
         mode: Literal["generic", "native"] | None = None,
-        before: InterfaceLink | Program | Literal["all"] | None = None,
-        after: InterfaceLink | Program | Literal["all"] | None = None,
-    ) -> InterfaceLink: ...
+        before: BpfLink | Program | Literal["all"] | None = None,
+        after: BpfLink | Program | Literal["all"] | None = None,
+    ) -> BpfLink: ...
 
     @overload
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
@@ -228,8 +229,8 @@ class Program(Resource):
         drain: bool | None = None,
         cookie: int = 0,
         mode: Literal["generic", "native"] | None = None,
-        before: InterfaceLink | Program | Literal["all"] | None = None,
-        after: InterfaceLink | Program | Literal["all"] | None = None,
+        before: BpfLink | Program | Literal["all"] | None = None,
+        after: BpfLink | Program | Literal["all"] | None = None,
     ) -> Link | EventLink:
         """Attach to what programs of this type are attached to; leaving ``with`` on the `Link` takes it off.
 
@@ -243,6 +244,13 @@ class Program(Resource):
         `BpfError`: ENODEV for an unknown interface, EBUSY and EEXIST where an XDP program or this program is already,
         ENOENT where what it is to go before or after is not there.
 
+        ``cgroup_*`` and ``sock_ops``: to a control group of version 2 by its directory, with a link (Linux 5.7);
+        `attach_type` is the hook, by default what the program was loaded for. It runs behind those of the group that
+        are there, or (Linux 6.17) `before` or `after` one of their links or ``"all"``, and before those of the groups
+        around it. Gives a `CgroupLink`. Groups are real ones, and in the emulator those of `kbpf.emulator.add_cgroup`.
+        Raises `BpfError`: ENOENT for a directory that is not there, EBADF for one that is no group's, EINVAL for a hook
+        that is none for the program, E2BIG for more than 64.
+
         Tracing types: to an event, one of `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the
         program gets from bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
 
@@ -255,10 +263,15 @@ class Program(Resource):
                 raise TypeError("an interface has no queue to drain")
             return attach_to_interface(self, target, attach_type, mode=mode, before=before, after=after)
         from kbpf.runtime.attach import attach
+        from kbpf.runtime.cgroup import TYPES, attach_to_cgroup
         from kbpf.runtime.event_link import attach_event, is_source
 
+        if self.type in TYPES:
+            if drain is not None or mode is not None:
+                raise TypeError("a control group has no queue to drain, and one mode")
+            return attach_to_cgroup(self, target, attach_type, before=before, after=after)
         if (attach_type, mode, before, after) != (None, None, None, None):
-            raise TypeError("attach_type, mode, before and after are of interfaces")
+            raise TypeError("attach_type, mode, before and after are of interfaces and control groups")
         if is_source(target):
             return attach_event(self, target, cookie)
         return attach(target, self, drain=drain)

@@ -12,13 +12,16 @@ from sides import Side
 
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
-from kbpf.kernel.attrs import command
 from kbpf.specs import MapSpec, ProgramSpec
-from kbpf.uapi.enums import ATTACH_TYPES, HELPERS
+from kbpf.uapi.enums import HELPERS
 from kbpf.uapi.structs import STRUCTS
 
 I = Instruction  # noqa: E741
-CGROUPS = Path("/sys/fs/cgroup/unified")
+#: Where control groups of version 2 are.
+CGROUPS = next(
+    (Path(mount.split()[1]) for mount in Path("/proc/self/mounts").read_text().splitlines() if " cgroup2 " in mount),
+    Path("/sys/fs/cgroup"),
+)
 SIZES = {1: ebpf.B, 2: ebpf.H, 4: ebpf.W, 8: ebpf.DW}
 EXIT = I(ebpf.JMP | ebpf.EXIT)
 #: The context is kept here, and what is recorded goes there.
@@ -149,9 +152,9 @@ def real_group() -> Iterator[int]:
 @contextmanager
 def attached(group: int, recorder: Recorder) -> Iterator[None]:
     """The kernel's program, in a hook of the group."""
-    number = ATTACH_TYPES[recorder.attach_type]
-    link = command("link_create", prog_fd=recorder.fd, target_fd=group, attach_type=number)
+    backend = recorder.side.backend
+    link = backend.link_create(recorder.fd, group, recorder.attach_type)
     try:
         yield
     finally:
-        os.close(link)
+        backend.close(link)

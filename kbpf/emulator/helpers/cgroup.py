@@ -9,7 +9,7 @@ from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
 from kbpf.emulator.helpers.sock import full_sock_of
 from kbpf.emulator.interpreter import HelperFunction, Run
-from kbpf.emulator.maps.cgroup import CgroupArray, SharedCgroupStorage
+from kbpf.emulator.maps.cgroup import CgroupArray, SharedCgroupStorage, attached_group
 from kbpf.emulator.memory import M32
 from kbpf.errors import EmulationFault
 
@@ -48,7 +48,7 @@ def get_local_storage(run: Run, map: int, flags: int, *_: int) -> int:
         raise EmulationFault(f"a {found.type} map has no values of attached programs", address=map)
     if flags:
         raise EmulationFault("bpf_get_local_storage has no flags")
-    return found.address(environment.cgroup_id, program.attach_type)
+    return found.address(attached_group(), program.attach_type)
 
 
 HELPERS: dict[str, HelperFunction] = {

@@ -42,7 +42,7 @@ class SharedCgroupStorage(Map):
     """A value for each group that a program with this map is attached to (Linux 4.19).
 
     Keys are a group's id (Linux 5.9), or that and the attach type. Nobody adds or deletes elements: they appear when a
-    program is attached, and stay with the group. Here that is when a program first asks for it, on behalf of the
+    program is attached, and stay with the group. A program that is run without being attached asks on behalf of the
     group of `environment.cgroup_id`. BPF_PROG_TEST_RUN has a value of its own, which begins as zeroes.
     """
 
@@ -121,6 +121,26 @@ class PerCpuCgroupStorage(SharedCgroupStorage):
     type = "percpu_cgroup_storage"
     per_cpu = True
     most_value = PER_CPU_LIMIT
+
+
+#: The group that the program which runs is attached to; None: that of the process.
+_group: ContextVar[int | None] = ContextVar("_group", default=None)
+
+
+@contextmanager
+def values_of_group(group: int) -> Iterator[None]:
+    """What runs inside is attached to this group."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def attached_group() -> int:
+    """The group that the program which runs is attached to."""
+    group = _group.get()
+    return environment.cgroup_id if group is None else group
 
 
 #: In BPF_PROG_TEST_RUN, the values of this run by the map's id.
