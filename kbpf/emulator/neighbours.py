@@ -1,6 +1,7 @@
 """The link header for a next hop, as bpf_redirect_neigh has it made (`__bpf_redirect_neigh`, net/core/filter.c).
 
-Routes and link addresses are the environment's.
+Routes and link addresses are the environment's. Nobody is asked for addresses (ARP, neighbour discovery): a packet for
+an unknown one is dropped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def _given(neighbour: bytes) -> Address | None:
 def _routed(destination: bytes, target: EmulatedInterface) -> Address | None:
     to = ipaddress.ip_address(destination)
     route = find(environment.routes, to, None, target.index)
-    if route is None or route.device != target.index or route.kind != "unicast":
+    if route is None:
+        # The device is given, and Linux takes it that whoever is meant can be reached by it.
+        return to
+    if route.device != target.index or route.kind != "unicast":
         return None
     return ipaddress.ip_address(route.via) if route.via is not None else to

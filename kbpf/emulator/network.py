@@ -74,11 +74,13 @@ class Network:
             self._interfaces[name] = interface
             return interface
 
-    def add_pair(self, first: str, second: str) -> tuple[EmulatedInterface, EmulatedInterface]:
-        """Make two interfaces that are the ends of one cable, like a veth pair."""
-        one, other = self.add_interface(first), self.add_interface(second)
-        one.peer, other.peer = other, one
-        return one, other
+    def add_pair(
+        self, first: str, second: str, other: Network | None = None
+    ) -> tuple[EmulatedInterface, EmulatedInterface]:
+        """Make two interfaces that are the ends of a cable, like a veth pair; the second may be in another network."""
+        one, two = self.add_interface(first), (other or self).add_interface(second)
+        one.peer, two.peer = two, one
+        return one, two
 
     def remove_interface(self, name: str) -> None:
         """Take an interface away; ``lo`` stays. Sockets bound to it fall silent, and links to it are detached."""

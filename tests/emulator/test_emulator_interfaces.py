@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,13 @@ from mapcode import EXIT, Code, call, copy, mov, the_map
 from networld import DEVICES, INDEX, MACS, SEEN, SKB, I, Machine, Outcome, Seen, machines, unless_looping
 
 import kbpf
+from kbpf import emulator
+from kbpf.emulator.environment import environment
+from kbpf.emulator.packetsocket import EmulatedPacketSocket
+from kbpf.emulator.routes import Route
 from kbpf.isa import ebpf
 from kbpf.specs import MapSpec
+from kbpf.testing.network import NetworkNamespace
 from kbpf.uapi.constants import BPF_F_BROADCAST, BPF_F_EXCLUDE_INGRESS
 
 pytestmark = [pytest.mark.requires("kernel"), pytest.mark.requires("netns")]
@@ -78,13 +84,14 @@ def compare(
     device: str = "v0",
     frame: bytes = FRAME,
     native: bool = False,
+    listen: tuple[str, ...] = (),
     **how: int,
 ) -> Outcome:
     """Do the same on both sides, and find that the same came of it; `native` says that XDP is in a driver."""
     outcomes = []
     for machine in both:
         machine.begin()
-        machine.listen()
+        machine.listen(*listen)
         setup(machine)
         machine.send(device, frame, **how)
         outcomes.append(machine.outcome())
@@ -308,3 +315,83 @@ def test_an_interface_that_goes_away_takes_its_programs_off(both: Any) -> None:
         outcomes.append((before, [link.info.ifindex for link in links], raised.value.errno, links[1].detach()))
         machine.stack.close()
     assert outcomes[0] == outcomes[1] == ([True, True], [0, 0], errno.ENOLINK, False)
+
+
+def _neighbour(address: str | None) -> Code:
+    """bpf_redirect_neigh to w0; `address` is the next hop, if it is not to be the route's."""
+    if address is None:
+        return [*mov(1, INDEX["w0"]), *mov(2, 0), *mov(3, 0), *mov(4, 0), *call("redirect_neigh"), EXIT]
+    hop = struct.unpack("=i", bytes(map(int, address.split("."))))[0]
+    words = [2, hop, 0, 0, 0]
+    code = [I(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, -20 + 4 * at, word) for at, word in enumerate(words)]
+    code += [*mov(1, INDEX["w0"]), *copy(2, ebpf.FP), I(ebpf.ALU64 | ebpf.ADD, 2, 0, 0, -20)]
+    return [*code, *mov(3, 20), *mov(4, 0), *call("redirect_neigh"), EXIT]
+
+
+@pytest.mark.parametrize("hop", [None, "198.51.100.9"])
+@pytest.mark.parametrize(
+    "destination", ["198.51.100.8", "198.51.100.9", "203.0.113.1"], ids=lambda address: f"to-{address}"
+)
+@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
+def test_packets_that_get_the_link_header_of_the_next_hop(
+    both: Any, monkeypatch: pytest.MonkeyPatch, device: str, place: str, destination: str, hop: str | None
+) -> None:
+    kernel = both[0]
+    monkeypatch.setattr(
+        environment,
+        "routes",
+        [
+            Route(to="198.51.100.0/24", device=INDEX["w0"]),
+            Route(to="203.0.113.0/24", device=INDEX["w0"], via="198.51.100.9"),
+        ],
+    )
+    links = {"198.51.100.8": "02:00:00:00:00:08", "198.51.100.9": "02:00:00:00:00:09"}
+    monkeypatch.setattr(
+        environment, "neighbours", {ip: bytes.fromhex(mac.replace(":", "")) for ip, mac in links.items()}
+    )
+    commands = ["ip address replace 198.51.100.1/24 dev w0", "ip route replace 203.0.113.0/24 via 198.51.100.9"]
+    commands += [f"ip neighbour replace {ip} lladdr {mac} dev w0 nud permanent" for ip, mac in links.items()]
+    for command in commands:
+        kernel.namespace.run(*command.split())
+    frame = FRAME[:30] + bytes(map(int, destination.split("."))) + FRAME[34:]
+
+    def setup(machine: Machine) -> None:
+        machine.hook(device, place, [*METADATA, *_neighbour(hop)], 1)
+        watch(machine)
+
+    try:
+        # What packet sockets have queued at ingress, Linux overwrites: the bytes are the same memory.
+        compare(both, setup, frame=frame, mark=3, listen=("w0", "w1"))
+    finally:
+        kernel.namespace.run("ip", "address", "flush", "dev", "w0")
+
+
+def test_packets_that_go_to_the_other_end_in_another_network(both: Any) -> None:
+    kernel, emulated = both
+    outcomes = []
+    with NetworkNamespace() as far:
+        command = "ip link add x0 index 20 type veth peer name x1 index 21 address 02:00:00:00:00:21 netns"
+        kernel.namespace.run(*command.split(), far.name)
+        elsewhere = emulator.Network()
+        one, two = emulator.current().add_pair("x0", "x1", elsewhere)
+        two.address = bytes.fromhex("020000000021")
+        kernel.namespace.run("ip", "link", "set", "x0", "up")
+        far.run("sysctl", "-qw", "net.ipv6.conf.x1.disable_ipv6=1")
+        far.run("ip", "link", "set", "x1", "up")
+        for machine, index in ((kernel, 20), (emulated, one.index)):
+            machine.begin()
+            machine.listen("v1", "w0")
+            redirect_peer = [*METADATA, *mov(1, index), *mov(2, 0), *call("redirect_peer"), EXIT]
+            machine.hook("v1", "tcx_ingress", redirect_peer, 1)
+            if machine is kernel:
+                listener = far.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+                listener.bind(("x1", 3))
+            else:
+                listener = EmulatedPacketSocket("x1", socket.SOCK_RAW, 3, network=elsewhere)
+            machine.sockets["x1"] = machine.stack.enter_context(listener)
+            machine.send("v0", FRAME, mark=3)
+            outcomes.append((machine.seen(), machine.received()))
+            machine.stack.close()
+        emulator.current().remove_interface("x0")
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1]["x1"]
