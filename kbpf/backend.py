@@ -381,6 +381,21 @@ class Backend(Protocol):
         """Whether draining is safe: packet, raw and UDP sockets; never streams, listeners, UNIX sockets."""
         ...
 
+    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
+        """SO_ATTACH_REUSEPORT_CBPF: which of the sockets that share the port a packet is for.
+
+        EINVAL for sockets that never share one, or have not set SO_REUSEPORT.
+        """
+        ...
+
+    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
+        """SO_ATTACH_REUSEPORT_EBPF, with a program of type socket_filter or sk_reuseport."""
+        ...
+
+    def socket_detach_reuseport(self, socket: SocketLike) -> None:
+        """SO_DETACH_REUSEPORT_BPF (Linux 5.3); ENOENT where there is none. A lock does not hinder it."""
+        ...
+
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
         """An AF_PACKET socket bound to `interface` (None: all); `protocol` is ETH_P_* in host order."""
         ...

@@ -13,8 +13,9 @@ from kbpf.emulator.cgroups import Group, add_cgroup, remove_cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
+from kbpf.emulator.families import socket
 from kbpf.emulator.interface import EmulatedInterface
-from kbpf.emulator.network import Network, add_interface, add_pair, capture, current, inject, play, reset
+from kbpf.emulator.network import Network, add_address, add_interface, add_pair, capture, current, inject, play, reset
 from kbpf.emulator.sock import Sock
 from kbpf.emulator.task import Area, Task, current_task
 from kbpf.emulator.tracing import Event
@@ -30,6 +31,7 @@ __all__ = [
     "Network",
     "Sock",
     "Task",
+    "add_address",
     "add_cgroup",
     "add_interface",
     "add_pair",
@@ -43,4 +45,5 @@ __all__ = [
     "remove_cgroup",
     "reset",
     "run_program",
+    "socket",
 ]

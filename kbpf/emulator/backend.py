@@ -398,19 +398,25 @@ class EmulatorBackend:
         return sockets.layout_of(socket)
 
     def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
-        sockets.refuse_if_locked(socket)
-        try:
-            prepared = ClassicProgram(cbpf.decode(program))
-        except FilterError:
-            raise refused(errno.EINVAL) from None
-        sockets.attach(socket, prepared, program)
+        sockets.attach(socket, self._classic(socket, program), program)
 
     def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
+        sockets.attach(socket, self._socket_filter(socket, program), None)
+
+    def _classic(self, socket: SocketLike, program: bytes) -> ClassicProgram:
+        """A filter for a socket, which must not be locked: that comes before the filter is looked at."""
+        sockets.refuse_if_locked(socket)
+        try:
+            return ClassicProgram(cbpf.decode(program))
+        except FilterError:
+            raise refused(errno.EINVAL) from None
+
+    def _socket_filter(self, socket: SocketLike, program: int) -> Program:
         sockets.refuse_if_locked(socket)
         found = self.program(program)
         if found.type != "socket_filter":
             raise refused(errno.EINVAL)
-        sockets.attach(socket, found, None)
+        return found
 
     def socket_detach(self, socket: SocketLike) -> None:
         sockets.detach(socket)
@@ -426,6 +432,15 @@ class EmulatorBackend:
 
     def socket_drainable(self, socket: SocketLike) -> bool:
         return sockets.drainable(socket)
+
+    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
+        sockets.attach_reuseport(socket, self._classic(socket, program))
+
+    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
+        sockets.attach_reuseport(socket, self._socket_filter(socket, program))
+
+    def socket_detach_reuseport(self, socket: SocketLike) -> None:
+        sockets.detach_reuseport(socket)
 
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
         return sockets.open_packet_socket(interface, type=type, protocol=protocol)

@@ -183,6 +183,9 @@ class Endpoint:
 
     # Options.
 
+    def _option(self, level: int, option: int) -> Option | None:
+        return self.OPTIONS.get((level, option))
+
     def getsockopt(self, level: int, option: int, buflen: int = 0) -> int | bytes:
         """The options that matter to filters and captures; `OSError` ENOPROTOOPT for others."""
         self._open()
@@ -190,7 +193,7 @@ class Endpoint:
             if (level, option) == (SOL_SOCKET, SO_MEMINFO):
                 given = struct.pack("=9I", *self._meminfo())
                 return given[:buflen] if buflen else int.from_bytes(given[:4], "little")
-            found = self.OPTIONS.get((level, option))
+            found = self._option(level, option)
             if found is None:
                 raise error(errno.ENOPROTOOPT)
             value = int(found.get(self))
@@ -212,7 +215,7 @@ class Endpoint:
             if (level, option) == (SOL_SOCKET, SO_DETACH_FILTER):
                 self.slot.detach()
                 return
-            found = self.OPTIONS.get((level, option))
+            found = self._option(level, option)
             if found is None or found.set is None:
                 raise error(errno.ENOPROTOOPT)
             found.set(self, number)

@@ -21,15 +21,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from kbpf.emulator import ethernet
+from kbpf.emulator import ethernet, icmp
 from kbpf.emulator.clock import run_due, wall_time
 from kbpf.emulator.datapath import Datapath, Frame, ProtocolHandler, backlog
+from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import Tag
+from kbpf.emulator.inet import Inet
 from kbpf.emulator.interface import ETHERNET_MTU, LOOPBACK_MTU, EmulatedInterface, SentFrame
 from kbpf.emulator.links import detach_all
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
 from kbpf.emulator.slot import error
+from kbpf.emulator.socket_table import SocketTable
+from kbpf.emulator.udp import UdpLayer
 
 if TYPE_CHECKING:
     from kbpf.emulator.packetsocket import EmulatedPacketSocket
@@ -47,7 +51,14 @@ class Network:
         self._interfaces: dict[str, EmulatedInterface] = {}
         self._indices = itertools.count(1)
         self._sockets: weakref.WeakSet[EmulatedPacketSocket] = weakref.WeakSet()
+        #: Sockets that packets find; those of the current network are `environment.sockets`.
+        self.sockets = SocketTable()
+        self.inet = Inet(self)
+        self.udp = UdpLayer(self.inet)
+        icmp.install(self.inet)
         self.add_interface("lo", address=bytes(6), hatype=ethernet.ARPHRD_LOOPBACK, mtu=LOOPBACK_MTU)
+        for address in ("127.0.0.1/8", "::1/128"):
+            self.add_address("lo", address)
 
     # Interfaces.
 
@@ -93,6 +104,7 @@ class Network:
             interface.peer = None
             detach_all(interface)
             interface.network = None
+            self.inet.forget(interface)
             del self._interfaces[name]
 
     def interface(self, name: str) -> EmulatedInterface:
@@ -105,6 +117,15 @@ class Network:
     def by_index(self, index: int) -> EmulatedInterface | None:
         """The interface with that index; None if there is none."""
         return next((i for i in self._interfaces.values() if i.index == index), None)
+
+    def add_address(self, interface: str, address: str) -> None:
+        """Give an interface an IP address, with the length of its prefix: ``"10.0.0.1/24"``.
+
+        ``lo`` has 127.0.0.1/8 and ::1. Packets to this host's own addresses go through ``lo``, as Linux has it.
+        Raises `OSError` ENODEV for an unknown interface, EEXIST for an address that is there.
+        """
+        with self.lock:
+            self.inet.add_address(self.interface(interface), address)
 
     # Frames.
 
@@ -261,6 +282,7 @@ class Network:
 
 
 _network = Network()
+environment.sockets = _network.sockets
 
 
 def current() -> Network:
@@ -272,6 +294,7 @@ def reset() -> None:
     """Begin anew with nothing but ``lo``. Sockets that are open keep the network they were made on."""
     global _network
     _network = Network()
+    environment.sockets = _network.sockets
 
 
 def inject(
@@ -308,6 +331,11 @@ def capture(interface: str) -> AbstractContextManager[list[SentFrame]]:
 def play(interface: str, source: str | os.PathLike[str] | bytes) -> None:
     """`Network.play` on the current network: frames from a capture file, or its bytes."""
     current().play(interface, source)
+
+
+def add_address(interface: str, address: str) -> None:
+    """`Network.add_address` on the current network."""
+    current().add_address(interface, address)
 
 
 def settle() -> None:

@@ -108,6 +108,8 @@ class Packet:
     #: The sum that the network card has made from the network header on (``skb->csum``), and whether it is to be true.
     csum: int = 0
     csum_complete: bool = False
+    #: The device is to make the transport checksum: the field has the pseudo header's sum (CHECKSUM_PARTIAL).
+    checksum_partial: bool = False
     tunnel: Tunnel | None = None
     #: The socket that it belongs to (``skb->sk``).
     socket: Sock | None = None

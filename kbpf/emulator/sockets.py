@@ -1,6 +1,6 @@
 """The emulator's part of the seam that has to do with sockets.
 
-Takes emulated packet sockets, and sockets of the operating system that `wrap` put into a `FilteredSocket`.
+Takes emulated sockets, and sockets of the operating system that `wrap` put into a `FilteredSocket`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ import errno
 import socket as _sockets
 from typing import Any, Literal
 
+from kbpf.emulator.endpoint import Endpoint
 from kbpf.emulator.filtered import FilteredSocket, filtered
+from kbpf.emulator.inetsocket import InetEndpoint
 from kbpf.emulator.packetsocket import SOCK_DGRAM, SOCK_RAW, EmulatedPacketSocket
+from kbpf.emulator.reconstruct import Kind
+from kbpf.emulator.reuseport import selector_of
 from kbpf.emulator.slot import Runnable, Slot, error
 from kbpf.specs import SOCKET_LAYOUTS, Layout
 
@@ -19,10 +23,10 @@ _TYPES = {"raw": SOCK_RAW, "dgram": SOCK_DGRAM}
 
 def is_emulated(socket: Any) -> bool:
     """Whether filters on this socket are the emulator's."""
-    return isinstance(socket, (EmulatedPacketSocket, FilteredSocket))
+    return isinstance(socket, (Endpoint, FilteredSocket))
 
 
-def wrap(socket: Any) -> EmulatedPacketSocket | FilteredSocket:
+def wrap(socket: Any) -> Endpoint | FilteredSocket:
     """What filters this socket in the emulator: itself if it is the emulator's, else the `FilteredSocket` around it.
 
     Raises `OSError`: EOPNOTSUPP for streams, EBADF, ENOTSOCK.
@@ -38,29 +42,35 @@ def open_packet_socket(
 
 
 def layout_of(socket: Any) -> Layout:
-    """What lies at offset 0 of what a filter on this socket sees."""
-    if isinstance(socket, EmulatedPacketSocket):
-        if socket.type == SOCK_DGRAM:
-            name = "packet_dgram"
-        elif socket.interface is None:
-            name = "packet"
-        else:
-            name = "packet_ethernet" if socket.interface.header else "packet_ip"
-        return SOCKET_LAYOUTS[name]
-    family, type, protocol = _wrapped(socket).kind
-    if family == _sockets.AF_UNIX:
-        name = "unix"
-    elif family == 16:
+    """What lies at offset 0 of what a filter on this socket sees; `OSError` EOPNOTSUPP where it never runs."""
+    kind = _kind(socket)
+    if kind.family == _sockets.AF_UNIX:
+        name = "" if kind.type == _sockets.SOCK_STREAM else "unix"
+    elif kind.family == 16:
         name = "netlink"
-    elif family == 17:
-        name = "packet_dgram" if type == SOCK_DGRAM else _real_packet_layout(socket)
-    elif type == SOCK_RAW:
-        name = "raw4" if family == _sockets.AF_INET else "raw6"
+    elif kind.family == 17:
+        name = "packet_dgram" if kind.type == SOCK_DGRAM else _packet_layout(socket)
+    elif kind.type == SOCK_RAW:
+        name = "raw4" if kind.family == _sockets.AF_INET else "raw6"
     else:
-        name = {1: "icmp", 17: "udp", 58: "icmp6"}.get(protocol, "")
-        if not name:
-            raise error(errno.EOPNOTSUPP)
+        name = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}.get(kind.protocol, "")
+    if not name:
+        raise error(errno.EOPNOTSUPP)
     return SOCKET_LAYOUTS[name]
+
+
+def _kind(socket: Any) -> Kind:
+    if isinstance(socket, Endpoint):
+        return Kind(socket.family, socket.type, socket.proto)
+    return _wrapped(socket).kind
+
+
+def _packet_layout(socket: Any) -> str:
+    if isinstance(socket, EmulatedPacketSocket):
+        if socket.interface is None:
+            return "packet"
+        return "packet_ethernet" if socket.interface.header else "packet_ip"
+    return _real_packet_layout(socket)
 
 
 def _real_packet_layout(socket: FilteredSocket) -> str:
@@ -100,21 +110,37 @@ def drain(socket: Any) -> int:
 
 
 def drainable(socket: Any) -> bool:
-    """Packet, raw and UDP sockets are; UNIX and netlink sockets are not."""
-    if isinstance(socket, EmulatedPacketSocket):
-        return True
-    return _wrapped(socket).kind.family in (17, _sockets.AF_INET, _sockets.AF_INET6)
+    """Packet, raw and UDP sockets are; UNIX and netlink sockets, streams and listeners are not."""
+    kind = _kind(socket)
+    inet = kind.family in (_sockets.AF_INET, _sockets.AF_INET6)
+    return kind.family == 17 or (inet and kind.type in (SOCK_DGRAM, SOCK_RAW))
+
+
+def attach_reuseport(socket: Any, program: Runnable) -> None:
+    """SO_ATTACH_REUSEPORT_CBPF, _EBPF: the program of the group that shares the socket's port.
+
+    `OSError` EINVAL for sockets that are in none and have not set SO_REUSEPORT, EPERM when the filter is locked.
+    """
+    _shares_port(socket).attach_reuseport(selector_of(program))
+
+
+def detach_reuseport(socket: Any) -> None:
+    """SO_DETACH_REUSEPORT_BPF; `OSError` ENOENT where there is none."""
+    _shares_port(socket).detach_reuseport()
+
+
+def _shares_port(socket: Any) -> InetEndpoint:
+    """`OSError` EINVAL for sockets that never share a port."""
+    if not isinstance(socket, InetEndpoint) or socket.proto not in (6, 17):
+        raise error(errno.EINVAL)
+    return socket
 
 
 def _slot(socket: Any) -> Slot:
-    if isinstance(socket, EmulatedPacketSocket):
-        if socket.closed:
-            raise error(errno.EBADF)
-        return socket.slot
-    wrapped = _wrapped(socket)
-    if wrapped.fileno() < 0:
+    holder = socket if isinstance(socket, Endpoint) else _wrapped(socket)
+    if holder.fileno() < 0:
         raise error(errno.EBADF)
-    return wrapped.slot
+    return holder.slot
 
 
 def _wrapped(socket: Any) -> FilteredSocket:

@@ -68,11 +68,7 @@ class SocketCalls:
         return SOCKET_LAYOUTS[name]
 
     def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
-        if len(program) % 8:
-            raise syscall.failure(errno.EINVAL)
-        # A longer program must not become a shorter one by losing high bits. Linux refuses anything above 4096.
-        count = min(len(program) // 8, 0xFFFF)
-        syscall.set_filter(socket.fileno(), sockets.SOL_SOCKET, uapi.SO_ATTACH_FILTER, count, program)
+        _set_filter(socket, uapi.SO_ATTACH_FILTER, program)
 
     def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
         # Not Python's setsockopt: it passes eight bytes on an AF_VSOCK socket.
@@ -109,6 +105,16 @@ class SocketCalls:
         family, type, _ = _identity(socket.fileno())
         return family == sockets.AF_PACKET or (family in _INET and type in (sockets.SOCK_DGRAM, sockets.SOCK_RAW))
 
+    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
+        _set_filter(socket, uapi.SO_ATTACH_REUSEPORT_CBPF, program)
+
+    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
+        value = struct.pack("i", program)
+        syscall.setsockopt(socket.fileno(), sockets.SOL_SOCKET, uapi.SO_ATTACH_REUSEPORT_EBPF, value)
+
+    def socket_detach_reuseport(self, socket: SocketLike) -> None:
+        syscall.setsockopt(socket.fileno(), sockets.SOL_SOCKET, uapi.SO_DETACH_REUSEPORT_BPF, bytes(4))
+
     def packet_socket(
         self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = uapi.ETH_P_ALL
     ) -> sockets.socket:
@@ -123,6 +129,14 @@ class SocketCalls:
             made.close()
             raise
         return made
+
+
+def _set_filter(socket: SocketLike, option: int, program: bytes) -> None:
+    if len(program) % 8:
+        raise syscall.failure(errno.EINVAL)
+    # A longer program must not become a shorter one by losing high bits. Linux refuses anything above 4096.
+    count = min(len(program) // 8, 0xFFFF)
+    syscall.set_filter(socket.fileno(), sockets.SOL_SOCKET, option, count, program)
 
 
 def socket_option(fd: int, option: int) -> int:

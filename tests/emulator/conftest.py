@@ -7,6 +7,8 @@ from sides import Side
 
 from kbpf.emulator.backend import EmulatorBackend
 
+pytest.register_assert_rewrite("hosts")
+
 
 @pytest.fixture
 def emulator() -> Side:
