@@ -13,7 +13,7 @@ from kbpf.emulator.cgroups import Group, add_cgroup, remove_cgroup
 from kbpf.emulator.clock import ManualClock
 from kbpf.emulator.environment import environment
 from kbpf.emulator.events import EventRun, run_program
-from kbpf.emulator.families import socket
+from kbpf.emulator.families import socket, socketpair
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.network import Network, add_address, add_interface, add_pair, capture, current, inject, play, reset
 from kbpf.emulator.sock import Sock
@@ -46,4 +46,5 @@ __all__ = [
     "reset",
     "run_program",
     "socket",
+    "socketpair",
 ]

@@ -337,6 +337,10 @@ class DatagramEndpoint(Endpoint):
     def _ready(self) -> bool:
         return bool(self._queue) or bool(self._error)
 
+    def _address(self, got: Message) -> Any:
+        """The sender, as Python tells it."""
+        return got.address
+
     def _ancillary(self, got: Message) -> Iterable[Ancillary]:
         """What is told beside the data, where it was asked for."""
         return got.ancillary
@@ -391,7 +395,7 @@ class DatagramEndpoint(Endpoint):
             return b"", None
         data = got.data[:bufsize]
         # The kernel returns the whole length with MSG_TRUNC, and Python makes its result that long.
-        return (data.ljust(got.length, b"\0") if flags & MSG_TRUNC else data), got.address
+        return (data.ljust(got.length, b"\0") if flags & MSG_TRUNC else data), self._address(got)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Fill a buffer; returns the bytes stored, or the datagram's length with MSG_TRUNC."""
@@ -407,14 +411,19 @@ class DatagramEndpoint(Endpoint):
             return 0, None
         data = got.data[: nbytes or len(view)]
         view[: len(data)] = data
-        return (got.length if flags & MSG_TRUNC else len(data)), got.address
+        return (got.length if flags & MSG_TRUNC else len(data)), self._address(got)
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> tuple[bytes, list[Ancillary], int, Any]:
         """`recvfrom` with ancillary data, where it was asked for and there is room."""
         got = self._take(flags)
         if got is None:
             return b"", [], 0, None
-        return got.data[:bufsize], _fitting(self._ancillary(got), ancbufsize), self._flags(got, bufsize), got.address
+        return (
+            got.data[:bufsize],
+            _fitting(self._ancillary(got), ancbufsize),
+            self._flags(got, bufsize),
+            self._address(got),
+        )
 
     def recvmsg_into(
         self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0
@@ -425,7 +434,7 @@ class DatagramEndpoint(Endpoint):
             return 0, [], 0, None
         at = fill(buffers, got.data)
         stored = got.length if flags & MSG_TRUNC else at
-        return stored, _fitting(self._ancillary(got), ancbufsize), self._flags(got, at), got.address
+        return stored, _fitting(self._ancillary(got), ancbufsize), self._flags(got, at), self._address(got)
 
     def _flags(self, got: Message, room: int) -> int:
         """``msg_flags``: whether there was no room for all of it."""

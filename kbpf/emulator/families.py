@@ -9,6 +9,7 @@ from kbpf.emulator.endpoint import Endpoint
 from kbpf.emulator.network import Network, current
 from kbpf.emulator.slot import error
 from kbpf.emulator.udp import UdpSocket
+from kbpf.emulator.unix import AF_UNIX, UnixDatagramSocket, UnixEndpoint, UnixStreamSocket
 
 _INET = (int(_socket.AF_INET), int(_socket.AF_INET6))
 _IPPROTO_UDP = 17
@@ -31,4 +32,27 @@ def socket(
         if type == _socket.SOCK_DGRAM and proto in (0, _IPPROTO_UDP):
             return UdpSocket(there, family)
         raise error(errno.EPROTONOSUPPORT)
+    if family == AF_UNIX:
+        return _unix(there, type)
     raise error(errno.EAFNOSUPPORT)
+
+
+def socketpair(
+    family: int = AF_UNIX, type: int = _socket.SOCK_STREAM, proto: int = 0, *, network: Network | None = None
+) -> tuple[UnixEndpoint, UnixEndpoint]:
+    """Two emulated UNIX sockets that are connected to each other; `OSError` EOPNOTSUPP for other families."""
+    if family != AF_UNIX:
+        raise error(errno.EOPNOTSUPP if family in _INET else errno.EAFNOSUPPORT)
+    there = current() if network is None else network
+    one, other = _unix(there, type), _unix(there, type)
+    one.join(other)
+    other.join(one)
+    return one, other
+
+
+def _unix(network: Network, type: int) -> UnixEndpoint:
+    if type == _socket.SOCK_STREAM:
+        return UnixStreamSocket(network)
+    if type in (_socket.SOCK_DGRAM, _socket.SOCK_SEQPACKET):
+        return UnixDatagramSocket(network, type)
+    raise error(errno.ESOCKTNOSUPPORT)

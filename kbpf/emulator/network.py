@@ -37,6 +37,7 @@ from kbpf.emulator.udp import UdpLayer
 
 if TYPE_CHECKING:
     from kbpf.emulator.packetsocket import EmulatedPacketSocket
+    from kbpf.emulator.unix import UnixEndpoint
 
 CAPTURE_VARIABLE = "KBPF_EMULATED_CAPTURE"
 _NAME_SIZE = 15
@@ -53,6 +54,8 @@ class Network:
         self._sockets: weakref.WeakSet[EmulatedPacketSocket] = weakref.WeakSet()
         #: Sockets that packets find; those of the current network are `environment.sockets`.
         self.sockets = SocketTable()
+        #: UNIX sockets by their names.
+        self.unix: weakref.WeakValueDictionary[bytes, UnixEndpoint] = weakref.WeakValueDictionary()
         self.inet = Inet(self)
         self.udp = UdpLayer(self.inet)
         icmp.install(self.inet)
