@@ -221,6 +221,8 @@ def _load(instruction: cbpf.Instruction) -> list[Instruction]:
     if mode == cbpf.LEN:
         return [Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, target, REG_CTX, 0)]
     if mode == cbpf.MSH:
+        # There are no ancillary words here; as far off as they are, nothing is found either.
+        imm = ebpf.signed32(min(k, cbpf.AD_OFF - 1))
         return [
             Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, REG_X, REG_A),
             Instruction(ebpf.LD | ebpf.ABS | ebpf.B, 0, 0, 0, imm),
