@@ -279,7 +279,10 @@ class Backend(Protocol):
         ...
 
     def program_values(self, fd: int, packets: list[bytes], context: bytes) -> array[int]:
-        """BPF_PROG_TEST_RUN over one packet after the other: what the program returns for each, 32 bits unsigned."""
+        """BPF_PROG_TEST_RUN over one packet after the other: what the program returns for each, 32 bits unsigned.
+
+        Raises with ``done`` set on the OSError to the values until then, when a packet is refused.
+        """
         ...
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:

@@ -10,11 +10,8 @@ from pathlib import Path
 import click
 
 import kbpf
-from kbpf.cli.output import Table, plain, redrawn, show, text, until_interrupted, watch
+from kbpf.cli.output import Table, map_table, plain, redrawn, show, until_interrupted, watch
 from kbpf.runtime.backends import select_for_socket
-
-# Rows of a map that a table shows; --json gives them all.
-_ROWS = 20
 
 
 @click.command("load")
@@ -66,17 +63,4 @@ def _as_json(collection: kbpf.Collection, elapsed: float, *, final: bool) -> str
 
 
 def _tables(collection: kbpf.Collection) -> list[Table]:
-    tables = []
-    for name, map in _shown(collection).items():
-        # Zeros of an array say nothing.
-        found = [(key, value) for key, value in map.items() if not (map.type.endswith("array") and _is_zero(value))]
-        rows = [[text(key), text(value)] for key, value in found[:_ROWS]]
-        left = f", the first {_ROWS} of {len(found)}" if len(found) > _ROWS else ""
-        tables.append(Table(f"{name} ({map.type}{left})", ["key", "value"], rows))
-    return tables
-
-
-def _is_zero(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_zero, value))
-    return not any(value) if isinstance(value, bytes) else not value
+    return [map_table(name, map.type, map.snapshot()) for name, map in _shown(collection).items()]

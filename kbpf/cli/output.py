@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
 import click
+
+# Rows of a map that a table shows; --json gives them all.
+_ROWS = 20
 
 
 class Table(NamedTuple):
@@ -112,3 +115,17 @@ def text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{' '.join(map(text, value))}]"
     return str(value)
+
+
+def map_table(name: str, type: str, held: Mapping[Any, Any]) -> Table:
+    """A map's first elements; zeroes of an array say nothing."""
+    found = [(key, value) for key, value in held.items() if not (type.endswith("array") and _is_zero(value))]
+    rows = [[text(key), text(value)] for key, value in found[:_ROWS]]
+    left = f", the first {_ROWS} of {len(found)}" if len(found) > _ROWS else ""
+    return Table(f"{name} ({type}{left})", ["key", "value"], rows)
+
+
+def _is_zero(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_zero, value))
+    return not any(value) if isinstance(value, bytes) else not value

@@ -62,5 +62,9 @@ def values(program: Program, packets: list[bytes], context: bytes) -> array[int]
         if native is not None:
             out.extend(native.run(program, packets[len(out) : len(out) + _AT_ONCE]))
         if len(out) < len(packets):
-            out.append(run(program, packets[len(out)], context).value)
+            try:
+                out.append(run(program, packets[len(out)], context).value)
+            except OSError as error:
+                error.done = out  # type: ignore[attr-defined]  # what the seam says
+                raise
     return out

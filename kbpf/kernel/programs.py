@@ -116,7 +116,14 @@ class ProgramCommands:
         return RawRun(attr["retval"], data_out.read(attr["data_size_out"]), context_at.read(written), attr["duration"])
 
     def program_values(self, fd: int, packets: list[bytes], context: bytes) -> array[int]:
-        return array("I", (self.program_run(fd, packet, context).value for packet in packets))
+        values = array("I")
+        try:
+            for packet in packets:
+                values.append(self.program_run(fd, packet, context).value)
+        except OSError as error:
+            error.done = values  # type: ignore[attr-defined]  # what the seam says
+            raise
+        return values
 
     def program_trace(self, fd: int, data: bytes, context: bytes) -> Iterator[TraceStep]:
         raise OSError(errno.EOPNOTSUPP, "only the emulator shows the steps of a run")

@@ -8,16 +8,20 @@ that damage is met with the same words everywhere: what comes before is counted 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 from kbpf.errors import FilterError
 from kbpf.pcapfile import CaptureError
+from kbpf.runtime.codecs import total
+from kbpf.runtime.collection import Collection
 from kbpf.runtime.filter import Filter, compile
+from kbpf.runtime.program import Program
 from kbpf.runtime.scanning import Output, Scanner
-from kbpf.specs import FILE_LAYOUTS, FilterSpec
+from kbpf.specs import FILE_LAYOUTS, CollectionSpec, FilterSpec
 
 if TYPE_CHECKING:
     from kbpf.backend import Engine
@@ -26,16 +30,25 @@ Source: TypeAlias = "str | os.PathLike[str] | BinaryIO"
 
 
 class CaptureResult(NamedTuple):
-    """How many packets there were, and how many of them the filter kept."""
+    """What became of the packets.
+
+    How many there were, and how many of them the filter kept, or the program returned other than 0 for. Of a program
+    also how often it returned each value, how many packets it could not be run over, and of one that was loaded for the
+    captures what its maps hold, by name and key.
+    """
 
     packets: int
     matched: int
+    values: dict[int, int] = {}  # noqa: RUF012  # never changed
+    refused: int = 0
+    maps: dict[str, dict[Any, Any]] = {}  # noqa: RUF012
 
 
 def run_capture(
-    filter: str | Filter,
+    filter: str | Filter | Program | CollectionSpec,
     paths: Source | Iterable[Source],
     *,
+    program: str | None = None,
     write: str | os.PathLike[str] | None = None,
     engine: Engine = "auto",
     executor: Executor | None = None,
@@ -44,13 +57,18 @@ def run_capture(
     """Run a filter over captures, pcap or pcapng, plain or compressed with gzip or zstd; ``"-"`` is standard input.
 
     `filter` is an expression, compiled for the link type of each interface in the files, or a `Filter` for one link
-    type. With `write`, the matching packets are written to that file, in the order of `paths` and in the files' own
-    format, each record as it was; of pcapng files all other blocks are kept, too. Files of different formats, byte
-    orders, link types or resolutions cannot be written into one pcap file. The file gets its name when it is whole:
-    after an error it is not there, or still the old one.
+    type. It may also be a program that BPF_PROG_TEST_RUN runs over Ethernet frames (`Program.run_all`): one that is
+    loaded, or a collection's spec, whose `program` is loaded into the emulator for this; what its maps hold then is
+    part of the result.
+
+    With `write`, the matching packets are written to that file, in the order of `paths` and in the files' own format,
+    each record as it was; of pcapng files all other blocks are kept, too. Files of different formats, byte orders, link
+    types or resolutions cannot be written into one pcap file. The file gets its name when it is whole: after an error
+    it is not there, or still the old one.
 
     With `executor`, any of concurrent.futures' or one that behaves like it, each file is a task, and its result is
-    added up here; the files must then be named by path, and where the tasks run. `progress` is told now and then how
+    added up here; the files must then be named by path, and where the tasks run. A program is given by its collection's
+    spec; numbers in its maps are added up key by key, in structs and arrays too. `progress` is told now and then how
     many bytes of the files have been gone through since the last time; with `executor`, whenever a file is done.
 
     Raises `FilterError` for an expression or a link type that cannot be filtered. For a file that is cut off or corrupt
@@ -59,8 +77,13 @@ def run_capture(
     """
     sources = _listed(paths)
     if executor is not None:
-        return _spread(filter, sources, write, engine, executor, progress)
-    scanner = Scanner(_filters(filter), engine, progress)
+        return _spread(filter, sources, program, write, engine, executor, progress)
+    if isinstance(filter, CollectionSpec):
+        return _load_and_run(filter, sources, program, write, engine, progress)
+    if isinstance(filter, Program):
+        scanner = Scanner(_no_filter, engine, progress, filter)
+    else:
+        scanner = Scanner(_filters(filter), engine, progress)
     damage: CaptureError | None = None
     with Output(write) as output, scanner:
         try:
@@ -68,11 +91,49 @@ def run_capture(
                 scanner.file(source, output)
         except CaptureError as error:
             damage = error
-    result = CaptureResult(scanner.packets, scanner.matched)
+    result = CaptureResult(scanner.packets, scanner.matched, dict(scanner.values), scanner.refused)
     if damage is not None:
         damage.result = result
         raise damage
     return result
+
+
+def _load_and_run(
+    spec: CollectionSpec,
+    sources: list[Source],
+    program: str | None,
+    write: str | os.PathLike[str] | None,
+    engine: Engine,
+    progress: Callable[[int], object] | None,
+) -> CaptureResult:
+    name = _program_name(spec, program)
+    one = CollectionSpec(maps=spec.maps, programs={name: spec.programs[name]})
+    with Collection.from_spec(one, backend="emulator", engine=engine) as collection:
+
+        def maps() -> dict[str, dict[Any, Any]]:
+            shown = {name: map for name, map in collection.maps.items() if not name.startswith(".")}
+            return {name: map.snapshot() for name, map in shown.items() if map.shape.key_size}
+
+        try:
+            result = run_capture(collection.programs[name], sources, write=write, progress=progress)
+        except CaptureError as error:
+            error.result = error.result._replace(maps=maps())
+            raise
+        return result._replace(maps=maps())
+
+
+def _program_name(spec: CollectionSpec, wanted: str | None) -> str:
+    names = ", ".join(spec.programs) or "none"
+    if wanted is None and len(spec.programs) != 1:
+        raise ValueError(f"which program? There are {names}")
+    name = wanted or next(iter(spec.programs))
+    if name not in spec.programs:
+        raise ValueError(f"there is no program {name}; there are {names}")
+    return name
+
+
+def _no_filter(dlt: int) -> Filter:
+    raise AssertionError("a program needs no filter")
 
 
 def _listed(paths: Source | Iterable[Source]) -> list[Source]:
@@ -103,8 +164,9 @@ def link_name(dlt: int) -> str:
 
 
 def _spread(
-    filter: str | Filter,
+    filter: str | Filter | Program | CollectionSpec,
     sources: Sequence[Source],
+    program: str | None,
     write: str | os.PathLike[str] | None,
     engine: Engine,
     executor: Executor,
@@ -114,16 +176,19 @@ def _spread(
     paths = [os.fspath(source) for source in sources if isinstance(source, (str, os.PathLike))]
     if len(paths) < len(sources) or "-" in paths:
         raise ValueError("with an executor, captures are named by path")
-    task = filter if isinstance(filter, str) else filter.spec
+    if isinstance(filter, Program):
+        raise ValueError("with an executor, a program is given by its collection's spec")
+    task = filter.spec if isinstance(filter, Filter) else filter
     parts = [None if write is None else f"{os.fspath(write)}.part{number}" for number in range(len(paths))]
-    running = [executor.submit(_part, task, path, part, engine) for path, part in zip(paths, parts, strict=True)]
-    packets = matched = 0
+    pairs = list(zip(paths, parts, strict=True))
+    running = [executor.submit(_part, task, path, program, part, engine) for path, part in pairs]
+    result = CaptureResult(0, 0)
     damage: CaptureError | None = None
     try:
         with Output(write) as output:
-            for future, path, part in zip(running, paths, parts, strict=True):
+            for future, (path, part) in zip(running, pairs, strict=True):
                 done, error = future.result()
-                packets, matched = packets + done.packets, matched + done.matched
+                result = _added(result, done)
                 damage = damage or error
                 if part is not None:
                     output.append(part)
@@ -135,19 +200,31 @@ def _spread(
         for part in parts:
             if part is not None:
                 Path(part).unlink(missing_ok=True)
-    result = CaptureResult(packets, matched)
     if damage is not None:
         damage.result = result
         raise damage
     return result
 
 
+def _added(one: CaptureResult, other: CaptureResult) -> CaptureResult:
+    """Two results in one; raises `TypeError` where values of maps are bytes, of which nobody knows what they count."""
+    maps = {name: dict(held) for name, held in one.maps.items()}
+    for name, held in other.maps.items():
+        mine = maps.setdefault(name, {})
+        for key, value in held.items():
+            mine[key] = total([mine[key], value]) if key in mine else value
+    values = dict(Counter(one.values) + Counter(other.values))
+    return CaptureResult(
+        one.packets + other.packets, one.matched + other.matched, values, one.refused + other.refused, maps
+    )
+
+
 def _part(
-    filter: str | FilterSpec, path: str, write: str | None, engine: Engine
+    filter: str | FilterSpec | CollectionSpec, path: str, program: str | None, write: str | None, engine: Engine
 ) -> tuple[CaptureResult, CaptureError | None]:
     """One task: what was counted, and the damage that ended it."""
     try:
-        made = filter if isinstance(filter, str) else Filter.from_spec(filter)
-        return run_capture(made, path, write=write, engine=engine), None
+        made = Filter.from_spec(filter) if isinstance(filter, FilterSpec) else filter
+        return run_capture(made, path, program=program, write=write, engine=engine), None
     except CaptureError as error:
         return error.result or CaptureResult(0, 0), error

@@ -21,6 +21,7 @@ import struct
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from keyword import iskeyword
 from typing import Any, NamedTuple
 
@@ -135,11 +136,27 @@ def _array_codec(type: Array) -> Codec:
     return Codec(type.size, encode, decode, lambda data: [decode(part) for part in whole.decode_many(data)])
 
 
+@cache
+def _record_class(name: str, fields: tuple[str, ...]) -> Any:
+    """A named tuple that goes from process to process, though its class is in no module."""
+    made: Any = namedtuple(name, fields, rename=True)  # type: ignore[misc]
+    made.__reduce__ = _reduced  # type: ignore[method-assign, assignment]
+    return made
+
+
+def _reduced(record: Any) -> tuple[Any, ...]:
+    return _record, (type(record).__name__, record._fields, tuple(record))
+
+
+def _record(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    return _record_class(name, fields)(*values)
+
+
 def _struct_codec(type: Struct) -> Codec:
     names = [member.name for member in type.members]
     # C may call a struct what Python cannot, such as "class".
     usable = type.name.isidentifier() and not iskeyword(type.name)
-    record: Any = namedtuple(type.name if usable else "anonymous", names, rename=True)  # type: ignore[misc]
+    record = _record_class(type.name if usable else "anonymous", tuple(names))
     members = [(member.bit_offset // 8, codec(member.type, member.type.size)) for member in type.members]
     whole = _bytes_codec(type.size)
     flat = _flat_format(type)
@@ -206,16 +223,17 @@ class PerCpu(tuple[Any, ...]):
 
         Raises `TypeError` where the values are bytes.
         """
-        return _total(self)
+        return total(self)
 
 
-def _total(values: Sequence[Any]) -> Any:
+def total(values: Sequence[Any]) -> Any:
+    """The sum of values of one type: of numbers, or member by member, also of one processor after the other."""
     first = values[0]
     if isinstance(first, (int, float)):
         return sum(values)
     if isinstance(first, tuple):
-        columns = [_total(column) for column in zip(*values, strict=True)]
-        return first._make(columns) if hasattr(first, "_make") else tuple(columns)
+        columns = [total(column) for column in zip(*values, strict=True)]
+        return first._make(columns) if hasattr(first, "_make") else type(first)(columns)
     raise TypeError("the values have no type to sum by: they are bytes")
 
 

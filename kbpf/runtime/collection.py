@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 
-from kbpf.backend import Backend
+from kbpf.backend import Backend, Engine
 from kbpf.errors import BpfError
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
@@ -30,8 +30,11 @@ class Collection:
         self.backend = backend
 
     @classmethod
-    def from_spec(cls, spec: CollectionSpec, backend: str | None = None) -> Collection:
-        """Make the maps, then load the programs; see `load`. Nothing stays open or pinned after an error."""
+    def from_spec(cls, spec: CollectionSpec, backend: str | None = None, engine: Engine = "auto") -> Collection:
+        """Make the maps, then load the programs; see `load`. Nothing stays open or pinned after an error.
+
+        `engine` is what runs emulated programs; see `load_program`.
+        """
         types = {program.type for program in spec.programs.values()}
         chosen = _select(backend, types)
         maps: dict[str, Map] = {}
@@ -42,7 +45,7 @@ class Collection:
                 maps[name] = _make_map(chosen, map, pinned)
             for name, program in spec.programs.items():
                 used = [maps[_key_of(spec, needed)] for needed in program.maps]
-                programs[name] = load_program(program, used, backend=chosen.name)
+                programs[name] = load_program(program, used, backend=chosen.name, engine=engine)
         except BaseException:
             for resource in (*programs.values(), *maps.values()):
                 resource.close()

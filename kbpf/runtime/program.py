@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from kbpf.backend import Backend, Engine, TraceStep
+from kbpf.errors import BpfError
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
@@ -180,6 +182,16 @@ class Program(Resource):
         raw = self._packed_context(None)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
             return self._backend.program_values(self.fileno(), listed, raw)
+
+    def run_until_refused(self, packets: list[bytes]) -> tuple[array[int], bool]:
+        """`run_all` up to the first packet that is no packet for it (EINVAL); whether there was one."""
+        try:
+            return self.run_all(packets), False
+        except BpfError as error:
+            done = getattr(error.__context__, "done", None)
+            if error.errno != errno.EINVAL or done is None:
+                raise
+            return done, True
 
     def trace(self, data: bytes = b"", context: Mapping[str, Any] | None = None) -> Iterator[TraceStep]:
         """The steps of one run over `data`, as `run` takes it: instructions, registers changed, memory touched.

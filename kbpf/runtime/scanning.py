@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from kbpf.backend import Engine
     from kbpf.emulator.jit.batch import NativeBatch
     from kbpf.runtime.filter import Filter
+    from kbpf.runtime.program import Program
 
+_ETHERNET = 1
+#: Packets that a program runs over at a time.
+_AT_ONCE = 4096
 #: Bytes that native code goes through before Python looks again: it tells the progress, and takes signals.
 _SLICE = 1 << 20
 #: Spans that are noted before they are written.
@@ -99,7 +104,8 @@ class _Runner(NamedTuple):
 class Scanner:
     """Counts packets and matches over files; a context manager, in which files may be gone through.
 
-    `filter_of` gives the filter for a link type. `progress` is told how many bytes have been gone through.
+    `filter_of` gives the filter for a link type; with `program` that is run instead. `progress` is told how many bytes
+    have been gone through.
     """
 
     def __init__(
@@ -107,9 +113,14 @@ class Scanner:
         filter_of: Callable[[int], Filter],
         engine: Engine = "auto",
         progress: Callable[[int], object] | None = None,
+        program: Program | None = None,
     ) -> None:
         self.packets = self.matched = 0
         self._filter_of, self._engine, self._progress = filter_of, engine, progress
+        self._program = program
+        #: How often the program returned what, and how many packets were none for it.
+        self.values: Counter[int] = Counter()
+        self.refused = 0
         self._runners: dict[int, _Runner] = {}
         self._stack = ExitStack()
 
@@ -136,7 +147,8 @@ class Scanner:
             else:
                 raise CaptureError(f"this is no pcap or pcapng file: it begins with {magic.hex() or 'nothing'}", 0)
             output.begin(format.kind, bytes(windows.buffer[: format.start]))
-            walk = _Walk(self, windows, format, output, format.start or stream.offset)
+            kind = _Walk if self._program is None else _ProgramWalk
+            walk = kind(self, windows, format, output, format.start or stream.offset)
             if not format.start:
                 output.span(windows.buffer, 0, stream.offset)
             try:
@@ -153,6 +165,19 @@ class Scanner:
             session = None if native is None else self._stack.enter_context(native.session())
             self._runners[dlt] = _Runner(filter, native, session)
         return self._runners[dlt]
+
+    def values_of(self, packets: list[bytes]) -> list[int | None]:
+        """What the program returns for each, None where it cannot be run over it."""
+        assert self._program is not None
+        values: list[int | None] = []
+        while len(values) < len(packets):
+            done, refused = self._program.run_until_refused(packets[len(values) :])
+            values += [*done, None] if refused else done
+        self.packets += len(values)
+        self.matched += sum(map(bool, values))
+        self.values.update(value for value in values if value is not None)
+        self.refused += values.count(None)
+        return values
 
     def advance(self, octets: int) -> None:
         if self._progress is not None and octets:
@@ -244,7 +269,26 @@ class _Walk:
             self._scanner.runner(interface.dlt, 0).session.finish(0)
 
     def _step(self) -> bool:
-        """Let Python read one record or block; False at the end of the file."""
+        """Let Python read one record or block, and run it; False at the end of the file."""
+        read = self._read()
+        if read is None:
+            return False
+        record, start = read
+        keep = record is None
+        if record is not None:
+            filter = self._scanner.runner(record.dlt, self._windows.size).filter
+            keep = filter.run(record.data, record.wirelen, engine="interpreter") > 0
+            self._scanner.packets += 1
+            self._scanner.matched += keep
+        if keep:
+            self._note(start, self._position)
+        return True
+
+    def _read(self) -> tuple[Record | None, int] | None:
+        """The next record, or None for another block, and where it begins; None at the end of the file.
+
+        What has been noted is written first, where more of the file must be brought for that.
+        """
         windows = self._windows
         stream = Stream(_View(windows.buffer, self._position))
         stream.offset = before = windows.base + self._position
@@ -255,32 +299,63 @@ class _Walk:
                 raise
             # It may be only cut off by the end of what is at hand.
             self._refill()
-            return True
+            return self._read()
         if stream.offset == before:
             if windows.final:
-                return False
+                return None
             self._refill()
-            return True
-        following = stream.offset - windows.base
-        keep = record is None
-        if record is not None:
-            filter = self._scanner.runner(record.dlt, windows.size).filter
-            keep = filter.run(record.data, record.wirelen, engine="interpreter") > 0
-            self._scanner.packets += 1
-            self._scanner.matched += keep
-        if keep and self._spans is not None:
+            return self._read()
+        start, self._position = self._position, stream.offset - windows.base
+        return record, start
+
+    def _note(self, start: int, end: int) -> None:
+        """What lies there is to be written."""
+        if self._spans is not None:
             if self._count == _SPANS:
                 self.write()
-            self._spans[2 * self._count], self._spans[2 * self._count + 1] = self._position, following
+            self._spans[2 * self._count], self._spans[2 * self._count + 1] = start, end
             self._count += 1
-        self._position = following
-        return True
 
     def write(self) -> None:
         """Write what has been noted."""
         if self._count and self._spans is not None:
             self._output.spans(self._windows.buffer, self._spans, self._count)
         self._count = 0
+
+
+class _ProgramWalk(_Walk):
+    """The way of a program through a file, so many packets at a time."""
+
+    def run(self) -> None:
+        #: Packets that are read and not run: their bytes, and where their records lie.
+        self._waiting: list[tuple[bytes, int, int]] = []
+        try:
+            while (read := self._read()) is not None:
+                record, start = read
+                if record is None:
+                    # Blocks between packets keep their places.
+                    self.write()
+                    self._note(start, self._position)
+                    continue
+                if record.dlt != _ETHERNET:
+                    raise FilterError(f"the capture has packets of link type {record.dlt}, programs take Ethernet's")
+                self._waiting.append((record.data, start, self._position))
+                if len(self._waiting) == _AT_ONCE:
+                    self.write()
+        finally:
+            self.write()
+            self._tell()
+
+    def write(self) -> None:
+        """Run what waits first."""
+        waiting, self._waiting = self._waiting, []
+        values = self._scanner.values_of([data for data, _, _ in waiting])
+        for (_, start, end), value in zip(waiting, values, strict=True):
+            if value:
+                self._note(start, end)
+        if waiting:
+            self._tell()
+        super().write()
 
 
 class Output:

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+import kbpf
 from kbpf.pcapfile import PcapWriter, open_capture
 from kbpf.testing.generate_packets import frame
 
@@ -62,3 +63,21 @@ def test_run_says_where_an_expression_is_wrong(cli, capture: Path) -> None:
     done = cli("run", "tcp and and", str(capture))
     assert (done.status, done.out) == (2, "")
     assert "^" in done.err
+
+
+def test_run_runs_a_program_and_shows_its_maps(cli, capture: Path, tmp_path: Path) -> None:
+    object, other = str(Path(kbpf.__file__).with_name("objects") / "sockex1.bpf.o"), tmp_path / "other.pcap"
+    other.write_bytes(capture.read_bytes())
+    with open_capture(capture) as records:
+        usual = [record.data for record in records]
+    with kbpf.load(object, backend="emulator") as collection:
+        for frame in usual:
+            collection.programs["count"].run(frame)
+        counted = collection.maps["bytes"].snapshot()
+    alone = json.loads(cli("run", object, str(capture), "--json").out)
+    assert (alone["packets"], alone["values"], alone["refused"]) == (200, {"4294967295": 200}, 0)
+    assert {row["key"]: row["value"] for row in alone["maps"]["bytes"]} == counted
+    both = json.loads(cli("run", object, str(capture), str(other), "--jobs", "2", "--json").out)
+    assert {row["key"]: row["value"] for row in both["maps"]["bytes"]} == {k: 2 * v for k, v in counted.items()}
+    assert "bytes (array" in cli("run", object, str(capture)).out
+    assert cli("run", object, str(capture), "--program", "no").status == 2

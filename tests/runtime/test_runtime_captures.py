@@ -15,8 +15,9 @@ import pytest
 
 import kbpf
 from kbpf.backend import Engine
+from kbpf.elf import read_object
 from kbpf.errors import FilterError
-from kbpf.pcapfile import CaptureError, open_capture
+from kbpf.pcapfile import CaptureError, PcapWriter, open_capture
 from kbpf.runtime.captures import CaptureResult, run_capture
 from kbpf.testing.generate_packets import frame
 
@@ -262,3 +263,41 @@ def test_what_is_no_capture_is_said(tmp_path: Path) -> None:
             run_capture("tcp", path)
     with pytest.raises(FileNotFoundError):
         run_capture("tcp", tmp_path / "missing")
+
+
+def test_programs_count_refuse_and_write(tmp_path: Path) -> None:
+    """An XDP program that drops what is shorter than sixty bytes: its verdicts, and what it does not take."""
+    shorter = (
+        (0x61, 2, 1, 0, 0), (0x61, 3, 1, 4, 0), (0xBF, 0, 3, 0, 0), (0x1F, 0, 2, 0, 0),
+        (0x35, 0, 0, 2, 60), (0xB7, 0, 0, 0, 0), (0x95, 0, 0, 0, 0), (0xB7, 0, 0, 0, 2), (0x95, 0, 0, 0, 0),
+    )  # fmt: skip
+    spec = kbpf.ProgramSpec(type="xdp", instructions=shorter)  # type: ignore[arg-type]
+    path, out, sizes = tmp_path / "in", tmp_path / "out", [14, 59, 60, 13, 200, 5, 70]
+    with PcapWriter(path) as writer:
+        for size in sizes:
+            writer.write(bytes(size))
+    expected = CaptureResult(7, 3, {0: 2, 2: 3}, 2)
+    with kbpf.load_program(spec, backend="emulator", engine="jit") as program:
+        assert run_capture(program, path, write=out) == expected
+    collection = kbpf.CollectionSpec(programs={"drop": spec})
+    assert run_capture(collection, path) == expected
+    with open_capture(out) as capture:
+        assert [len(record.data) for record in capture] == [60, 200, 70]
+    with pytest.raises(ValueError, match="no program other; there are drop"):
+        run_capture(collection, path, program="other")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CaptureError) as caught:
+        run_capture(collection, path)
+    assert caught.value.result == CaptureResult(6, 2, {0: 2, 2: 2}, 2)
+
+
+def test_counters_of_all_parts_are_added_up(tmp_path: Path) -> None:
+    collection = read_object(Path(kbpf.__file__).with_name("objects") / "sockex2.bpf.o")
+    paths = [tmp_path / f"{number}.pcap" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(pcap(seed=number))
+    whole = run_capture(collection, paths)
+    with concurrent.futures.ProcessPoolExecutor(2) as executor:
+        assert run_capture(collection, paths, executor=executor) == whole
+    assert whole.packets == 900
+    assert whole.maps
