@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbpf.emulator.cgroup_sock import SockContext
 from kbpf.emulator.cgroups import effective
@@ -23,11 +23,13 @@ from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import Context
 from kbpf.emulator.maps.cgroup import values_of_group
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
 from kbpf.emulator.sock import MAPPED, Sock
 from kbpf.emulator.sock_addr import ADDRESS4, ADDRESS6, PORT, SockAddr
 from kbpf.emulator.sock_ops import SockOps
 from kbpf.uapi.enums import ATTACH_TYPES
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 _MOST_ERRNO = 4095
 #: What an egress program's value says beside whether the packet may pass: the network is congested.

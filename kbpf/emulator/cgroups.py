@@ -14,13 +14,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kbpf.emulator.cgroup import Cgroup
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.maps.owners import group_behind
-from kbpf.emulator.program import Program
+
+if TYPE_CHECKING:
+    from kbpf.emulator.program import Program
 
 #: Where groups of the emulated machine are.
 ROOT = "/sys/fs/cgroup"

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from kbpf.emulator import ethernet, headers
+from kbpf.emulator import cgroup_hooks, ethernet, headers
 from kbpf.emulator.environment import environment
 from kbpf.emulator.headers import IpHeader
 from kbpf.emulator.interface import EmulatedInterface
@@ -244,7 +244,10 @@ class Inet:
         self.emit(path, header + segment, how, partial)
 
     def emit(self, path: Path, data: bytes, how: Sending, partial: bool = False) -> None:
-        """Send an IP packet that is complete, but for a `partial` checksum."""
+        """Send an IP packet that is complete, but for a `partial` checksum.
+
+        `OSError` EPERM where a program of the sender's control group does not let it.
+        """
         device = path.device
         protocol = ethernet.ip_protocol(data)
         link = path.link + device.address[:6].ljust(6, b"\0") + protocol.to_bytes(2, "big") if device.header else b""
@@ -253,6 +256,8 @@ class Inet:
             mac=0,
             network=len(link),
             protocol=protocol,
+            ifindex=device.index,
+            hatype=device.hatype,
             mark=how.mark,
             priority=how.priority,
             hash=how.hash,
@@ -262,4 +267,5 @@ class Inet:
             timestamp_ns=environment.real_clock(),
             checksum_partial=partial,
         )
-        self.network.send(device, packet)
+        if how.sock is None or cgroup_hooks.egress(how.sock, packet):
+            self.network.send(device, packet)

@@ -8,6 +8,7 @@ import socket as _socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbpf.emulator import cgroup_hooks
 from kbpf.emulator.endpoint import Endpoint, Option, flag, stored
 from kbpf.emulator.inet import Path, Sending
 from kbpf.emulator.interface import EmulatedInterface
@@ -60,6 +61,7 @@ class InetEndpoint(Endpoint):
     def __init__(self, network: Network, family: int, type: int, proto: int) -> None:
         self.network = network
         self.sock = Sock(family=int(family), type=int(type), protocol=int(proto))
+        cgroup_hooks.sock_create(self.sock)
         self._binding = Binding(self.sock)
         self._broadcast = self._keepalive = False
         self._ttl = self._hops = 64
@@ -171,13 +173,13 @@ class InetEndpoint(Endpoint):
 
     def getsockname(self) -> tuple[Any, ...]:
         self._open()
-        return self._shown(self.sock.local, self.sock.local_port)
+        return self._shown(*cgroup_hooks.getsockname(self.sock, self.sock.local, self.sock.local_port))
 
     def getpeername(self) -> tuple[Any, ...]:
         self._open()
         if not self._connected():
             raise error(errno.ENOTCONN)
-        return self._shown(self.sock.remote, self.sock.remote_port)
+        return self._shown(*cgroup_hooks.getpeername(self.sock, self.sock.remote, self.sock.remote_port))
 
     def _connected(self) -> bool:
         return bool(self.sock.remote_port)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from kbpf.emulator import headers, icmp
+from kbpf.emulator import cgroup_hooks, headers, icmp
 from kbpf.emulator.datapath import backlog
 from kbpf.emulator.endpoint import Ancillary, DatagramEndpoint, Message, truesize
 from kbpf.emulator.environment import environment
@@ -21,7 +21,7 @@ from kbpf.emulator.inetsocket import AF_INET, InetEndpoint, bare
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.slot import error
-from kbpf.emulator.sock import MAPPED, Sock
+from kbpf.emulator.sock import ANY4, ANY6, MAPPED, Sock
 from kbpf.emulator.socket_table import ReuseportGroup
 from kbpf.uapi.constants import BPF_TCP_ESTABLISHED
 
@@ -124,7 +124,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             self._drop()
             return
         packet.socket = self.sock
-        kept = self.slot.run(packet)
+        kept = self.slot.run(packet) if cgroup_hooks.ingress(self.sock, packet) else 0
         if not kept:
             self._drop()
             return
@@ -136,6 +136,35 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             self._drop()
             return
         self._enqueue(Message(data, address=self._shown(header.source, found.source_port), size=size))
+
+    # A program may say that a datagram comes from elsewhere; who does not ask for the address asks no program.
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        return super().recvfrom(bufsize, flags)[0]
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        return super().recvfrom_into(buffer, nbytes, flags)[0]
+
+    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
+        data, address = super().recvfrom(bufsize, flags)
+        return data, self._sender(address)
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        size, address = super().recvfrom_into(buffer, nbytes, flags)
+        return size, self._sender(address)
+
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> tuple[bytes, list[Ancillary], int, Any]:
+        data, ancillary, found, address = super().recvmsg(bufsize, ancbufsize, flags)
+        return data, ancillary, found, self._sender(address)
+
+    def recvmsg_into(
+        self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[int, list[Ancillary], int, Any]:
+        size, ancillary, found, address = super().recvmsg_into(buffers, ancbufsize, flags)
+        return size, ancillary, found, self._sender(address)
+
+    def _sender(self, address: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self._shown(*cgroup_hooks.recvmsg(self.sock, *self._parse(address[:2], "recvfrom")))
 
     def _drop(self) -> None:
         self._drops += 1
@@ -157,10 +186,16 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         local, port = self._parse(address, "bind")
         with self._arrived:
             self._open()
+            local, port = cgroup_hooks.bind(self.sock, local, port)
             if self.sock.local_port:
                 raise error(errno.EINVAL)
             self._check_local(local)
             self._bind(local, port)
+            try:
+                cgroup_hooks.post_bind(self.sock)
+            except OSError:
+                self._unbind()
+                raise
 
     def _bind(self, local: bytes, port: int) -> None:
         sock = self.sock
@@ -169,6 +204,15 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         if self._binding.reuseport:
             self._join()
         self.network.sockets.add(sock)
+
+    def _unbind(self) -> None:
+        """Give the address and the port back."""
+        sock = self.sock
+        self.network.sockets.remove(sock)
+        self.network.inet.ports.release(self._binding)
+        if sock.reuseport is not None:
+            sock.reuseport.remove(sock)
+        sock.local, sock.local_port = ANY4 if self.family == AF_INET else ANY6, 0
 
     def _join(self) -> None:
         """The group of those that are bound just like this one (`udp_reuseport_add_sock`)."""
@@ -194,6 +238,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         remote, port = self._parse(address, "connect")
         with self._arrived:
             self._open()
+            remote, port = cgroup_hooks.connect(self.sock, remote, port)
             path, source, target = self._way(remote)
             if path.broadcast and not self._broadcast:
                 raise error(errno.EACCES)
@@ -236,7 +281,12 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             self._open()
             if not port:
                 raise error(errno.EINVAL)
-            return self._send(bytes(data), remote, port)
+            narrow = len(bare(remote)) == 4
+            own = self.sock.local4 if narrow else self.sock.local
+            (remote, port), source = cgroup_hooks.sendmsg(self.sock, remote, port, own)
+            if not port:
+                raise error(errno.EINVAL)
+            return self._send(bytes(data), remote, port, source if source != own else None)
 
     def sendmsg(
         self, buffers: Iterable[Any], ancdata: Iterable[Ancillary] = (), flags: int = 0, address: Any = None
@@ -245,11 +295,15 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         data = b"".join(bytes(buffer) for buffer in buffers)
         return self.send(data, flags) if address is None else self.sendto(data, flags, address)
 
-    def _send(self, data: bytes, remote: bytes, port: int) -> int:
+    def _send(self, data: bytes, remote: bytes, port: int, sent_from: bytes | None = None) -> int:
         self._raise_error()
         if len(data) > _MOST_DATA - (headers.IPV4_SIZE if len(bare(remote)) == 4 else 0):
             raise error(errno.EMSGSIZE)
         path, source, target = self._way(remote)
+        if sent_from is not None:
+            if len(sent_from) == 4 and not self.network.inet.is_local(sent_from):
+                raise error(errno.ENETUNREACH)
+            source = sent_from
         if path.broadcast and not self._broadcast:
             raise error(errno.EACCES)
         if not self.sock.local_port:
@@ -267,11 +321,9 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         return len(data)
 
     def _closed(self) -> None:
+        cgroup_hooks.sock_release(self.sock)
         self._queue.clear()
-        self.network.sockets.remove(self.sock)
-        self.network.inet.ports.release(self._binding)
-        if self.sock.reuseport is not None:
-            self.sock.reuseport.remove(self.sock)
+        self._unbind()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"at {self._shown(self.sock.local, self.sock.local_port)[:2]}"
