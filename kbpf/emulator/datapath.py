@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from kbpf.emulator import ethernet, hooks
+from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import Tag
 from kbpf.emulator.interface import EmulatedInterface, SentFrame
 from kbpf.emulator.neighbours import address_packet
@@ -249,6 +250,25 @@ class Datapath:
     def _place(device: EmulatedInterface, packet: Packet) -> None:
         packet.device, packet.hatype = device, device.hatype
         packet.ifindex = packet.ingress_ifindex = device.index
+
+    def carry_out(self, device: EmulatedInterface, buff: XdpBuff, action: int) -> Packet | None:
+        """Do what an XDP program has decided on a frame that no driver has brought (`xdp_test_run_batch`).
+
+        Gives the packet that is to `enter`, where it passes.
+        """
+        start = buff.data - buff.meta
+        packet = Packet(buffer=buff.whole(), offset=start, mac=start, network=start + device.header)
+        packet.metadata, packet.timestamp_ns = start, environment.real_clock()
+        self._place(device, packet)
+        if action == XDP_PASS:
+            hooks.classify(device, packet, None)
+            return packet
+        packet.metadata = 0
+        if action == XDP_TX and backlog.count_redirect():
+            self._xdp_transmit(device, packet, native=True)
+        elif action == XDP_REDIRECT:
+            self._xdp_redirect(device, packet, buff, native=True)
+        return None
 
     # What programs make of a packet.
 

@@ -71,8 +71,6 @@ def run(
 @pytest.mark.parametrize("type", GIVEN)
 def test_each_type_takes_options_of_its_own(kernel: Side, emulator: Side, type: str) -> None:
     for options in OPTIONS:
-        if type == "xdp" and options == {"flags": uapi.BPF_F_TEST_XDP_LIVE_FRAMES}:
-            continue
         given = type, ONE, *GIVEN[type]
         assert run(emulator, *given, **options) == run(kernel, *given, **options), options
 
