@@ -74,6 +74,7 @@ PROBES: dict[str, tuple[str, Callable[[], bool]]] = {
         "libpcap (Debian: libpcap0.8)",
         lambda: _succeeds(sys.executable, "-c", "import ctypes; ctypes.CDLL('libpcap.so.0.8')"),
     ),
+    "distributed": ("Dask (pip install distributed)", lambda: importlib.util.find_spec("distributed") is not None),
     "llvmlite": ("llvmlite (pip install 'kbpf[jit]')", lambda: importlib.util.find_spec("llvmlite") is not None),
     "bpftool": ("bpftool (Debian: bpftool)", lambda: _succeeds("bpftool", "version")),
 }

@@ -152,3 +152,11 @@ def test_the_gate_on_the_kernel(netns):
         netns.run("ip", "link", "set", other, "up")
     done = netns.run("env", "KBPF_BACKEND=kernel", sys.executable, str(EXAMPLES / "gate.py"))
     assert (done.stdout, done.stderr) == (GATE, "")
+
+
+@pytest.mark.requires("distributed")
+def test_cluster_adds_up_what_matches_in_each_file(capture, tmp_path):
+    other = tmp_path / "other.pcap"
+    other.write_bytes(capture.read_bytes())
+    done = run("cluster.py", "tcp and dst port 7070", str(capture), str(other))
+    assert done.stdout == "4 of 10 packets match\n", done.stderr
