@@ -437,7 +437,11 @@ class EmulatorBackend:
         sockets.attach_reuseport(socket, self._classic(socket, program))
 
     def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
-        sockets.attach_reuseport(socket, self._socket_filter(socket, program))
+        if self.program(program).type == "sk_reuseport":
+            sockets.refuse_if_locked(socket)
+            sockets.attach_sk_reuseport(socket, self.program(program))
+        else:
+            sockets.attach_reuseport(socket, self._socket_filter(socket, program))
 
     def socket_detach_reuseport(self, socket: SocketLike) -> None:
         sockets.detach_reuseport(socket)

@@ -19,10 +19,15 @@ from kbpf.emulator.sk_lookup import LookupContext, asks
 from kbpf.emulator.sock import ANY4, ANY6, LOOPBACK4_IPV6, Sock, as_ipv4
 from kbpf.uapi.constants import BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_LISTEN
 
-#: Takes the sock that was found, the packet, and the flow's hash; None where it chooses none that is there.
+#: Takes the sock that was found, the packet, and the flow's hash; None where it chooses none that is there. Raises
+#: `GroupRefusesError` where the packet is for nobody.
 Selector: TypeAlias = Callable[[Sock, Packet, int], "Sock | None"]
 #: The sender's address and port, the receiver's, and the device that the packet came in by.
 _Tuple: TypeAlias = "tuple[bytes, int, bytes, int, int]"
+
+
+class GroupRefusesError(Exception):
+    """The program of a group that shares a port drops the packet."""
 
 
 class LookupProgram(Protocol):
@@ -119,7 +124,10 @@ class SocketTable:
         socks = self._socks.get((protocol, local_port), [])
         flow = remote, remote_port, local, local_port, ifindex
         find = self._tcp if protocol == socket.IPPROTO_TCP else self._udp
-        return find(socks, flow, packet)
+        try:
+            return find(socks, flow, packet)
+        except GroupRefusesError:
+            return None
 
     def _tcp(self, socks: list[Sock], flow: _Tuple, packet: Packet | None) -> Sock | None:
         connections = [sock for sock in socks if sock.state not in (BPF_TCP_LISTEN, BPF_TCP_CLOSE)]

@@ -13,9 +13,11 @@ from kbpf.emulator.endpoint import Endpoint
 from kbpf.emulator.filtered import FilteredSocket, filtered
 from kbpf.emulator.inetsocket import InetEndpoint
 from kbpf.emulator.packetsocket import SOCK_DGRAM, SOCK_RAW, EmulatedPacketSocket
+from kbpf.emulator.program import Program
 from kbpf.emulator.reconstruct import Kind
 from kbpf.emulator.reuseport import selector_of
 from kbpf.emulator.slot import Runnable, Slot, error
+from kbpf.errors import ENOTSUPP
 from kbpf.specs import SOCKET_LAYOUTS, Layout
 
 _TYPES = {"raw": SOCK_RAW, "dgram": SOCK_DGRAM}
@@ -122,6 +124,13 @@ def attach_reuseport(socket: Any, program: Runnable) -> None:
     `OSError` EINVAL for sockets that are in none and have not set SO_REUSEPORT, EPERM when the filter is locked.
     """
     _shares_port(socket).attach_reuseport(selector_of(program))
+
+
+def attach_sk_reuseport(socket: Any, program: Program) -> None:
+    """SO_ATTACH_REUSEPORT_EBPF with a program of type sk_reuseport; ENOTSUPP for sockets that never share a port."""
+    if not isinstance(socket, InetEndpoint) or socket.proto not in (6, 17):
+        raise error(ENOTSUPP)
+    socket.attach_reuseport(selector_of(program))
 
 
 def detach_reuseport(socket: Any) -> None:

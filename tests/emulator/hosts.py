@@ -115,7 +115,7 @@ def outcome(action: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return action(*arguments)
     except OSError as failure:
-        return errno.errorcode[failure.errno] if failure.errno else type(failure).__name__
+        return errno.errorcode.get(failure.errno, str(failure.errno)) if failure.errno else type(failure).__name__
     except (ValueError, TypeError, OverflowError) as failure:
         return type(failure).__name__
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hooks import Recorder, call, load, on_stack, parts, whole
+from hosts import Host, outcome, received, same_on_both
 from sides import Side
 
 from kbpf.emulator import events
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.sock import Sock
 from kbpf.isa import ebpf
-from kbpf.isa.ebpf import Instruction
+from kbpf.isa.ebpf import Instruction, ld_imm64
+from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.testing.network import NetworkNamespace
 from kbpf.uapi import constants as uapi
+from kbpf.uapi.enums import HELPERS
 from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
@@ -142,3 +146,91 @@ def test_cookies(kernel: Side, emulator: Side) -> None:
         program = emulator.backend.program(recorder.fd)  # type: ignore[attr-defined]
         events.run_event(program, {"hash": 0x12345678}, sock=sock)
         assert recorder.recorded() == (1, sock.cookie, sock.cookie, 0x12345678)
+
+
+def choice(map_fd: int) -> tuple[Instruction, ...]:
+    """Choose by the first byte of the data: the place in the map; what is not there leaves it to the hash; 9 drops."""
+    return (
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 6, 1),
+        I(ebpf.ST | ebpf.MEM | ebpf.DW, 10, 0, -8),
+        *call_with(6, HEADER, -8),
+        I(ebpf.LDX | ebpf.MEM | ebpf.B, 7, 10, -8),
+        I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
+        I(ebpf.JMP | ebpf.JEQ, 7, 0, 8, 9),
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 6),
+        *ld_imm64(2, map_fd, ebpf.PSEUDO_MAP_FD),
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 10),
+        I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, -8),
+        I(ebpf.ALU64 | ebpf.MOV, 4, 0, 0, 0),
+        I(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS["sk_select_reuseport"]),
+        I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 1),
+        I(ebpf.JMP | ebpf.EXIT),
+    )
+
+
+def call_with(context: int, offset: int, at: int) -> list[Instruction]:
+    """Load a byte of the packet to the stack."""
+    return [
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, context),
+        I(ebpf.ALU64 | ebpf.MOV, 2, 0, 0, offset),
+        I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 10),
+        I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at),
+        I(ebpf.ALU64 | ebpf.MOV, 4, 0, 0, 1),
+        I(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS["skb_load_bytes"]),
+    ]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_program_chooses(netns: NetworkNamespace, address: str) -> None:
+    def scenario(host: Host) -> Any:
+        backend, family = host.backend, socket.AF_INET6 if ":" in address else socket.AF_INET
+        group = [host.open(family) for _ in range(3)]
+        for one in group:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind((address, 7000))
+        map_fd = backend.map_create(MapSpec(type="reuseport_sockarray", key_size=4, value_size=8, max_entries=3))
+        # The second is not in the map.
+        for place in (0, 2):
+            backend.map_update(map_fd, struct.pack("=I", place), struct.pack("=Q", group[place].fileno()))
+        spec = ProgramSpec(type="sk_reuseport", instructions=choice(map_fd), expected_attach_type="sk_reuseport_select")
+        program = backend.program_load(spec, [])
+        backend.socket_attach_reuseport_bpf(group[1], program)
+        sender = host.udp(address, 7001)
+
+        def heard() -> list[list[bytes]]:
+            return [received(one) for one in group]
+
+        for data in (b"\0", b"\2", b"\0again", b"\2again"):
+            sender.sendto(data, (address, 7000))
+        found: list[Any] = [heard()]
+        for data in (b"\1", b"\7"):
+            # Left to the hash, which is not the same on both.
+            sender.sendto(data, (address, 7000))
+        found.append(sum(map(len, heard())))
+        sender.sendto(b"\x09", (address, 7000))
+        found.append(heard())
+        backend.socket_detach_reuseport(group[0])
+        sender.sendto(b"\x09", (address, 7000))
+        found.append(sum(map(len, heard())))
+        for fd in (program, map_fd):
+            backend.close(fd)
+        return found
+
+    same_on_both(netns, scenario)
+
+
+def test_sockets_that_share_no_port_refuse_programs(netns: NetworkNamespace) -> None:
+    def scenario(host: Host) -> Any:
+        spec = ProgramSpec(
+            type="sk_reuseport",
+            instructions=(I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 1), I(ebpf.JMP | ebpf.EXIT)),
+            expected_attach_type="sk_reuseport_select",
+        )
+        program = host.backend.program_load(spec, [])
+        udp = host.open()
+        unix, _ = host.pair()
+        answers = [outcome(host.backend.socket_attach_reuseport_bpf, one, program) for one in (udp, unix)]
+        host.backend.close(program)
+        return answers
+
+    same_on_both(netns, scenario)
