@@ -69,6 +69,8 @@ class Sock:
     listener: Sock | None = None
     #: The group that it shares its port with (SO_REUSEPORT).
     reuseport: ReuseportGroup | None = None
+    #: Gives it a packed address and a port, 0 for none yet, as bpf_bind does; `OSError`. None: nobody can.
+    bind: Callable[[bytes, int], None] | None = field(default=None, repr=False)
     #: What sock_ops programs are asked about the socket (BPF_SOCK_OPS_*_CB_FLAG), and the hash that it sends with.
     sock_ops_cb_flags: int = 0
     tx_hash: int = 0

@@ -6,6 +6,7 @@ A filter sees the UDP header at offset 0, and never cuts it off.
 from __future__ import annotations
 
 import errno
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,14 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
     def __init__(self, network: Network, family: int) -> None:
         super().__init__(network, family, SOCK_DGRAM, IPPROTO_UDP)
         network.udp.sockets[self.sock] = self
+        this = weakref.ref(self)
+
+        def bind(local: bytes, port: int) -> None:
+            end = this()
+            if end is not None:
+                end._bind_early(local, port)
+
+        self.sock.bind = bind
 
     # Receiving.
 
@@ -196,6 +205,16 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             except OSError:
                 self._unbind()
                 raise
+
+    def _bind_early(self, local: bytes, port: int) -> None:
+        """What a program does before the socket is connected: without a port, that one is found later."""
+        if self.sock.local_port:
+            raise error(errno.EINVAL)
+        self._check_local(local)
+        if port:
+            self._bind(local, port)
+        else:
+            self.sock.local = local
 
     def _bind(self, local: bytes, port: int) -> None:
         sock = self.sock

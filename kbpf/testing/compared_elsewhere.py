@@ -53,6 +53,7 @@ HELPERS: dict[str, Elsewhere] = _table((
     (_SOCKETS, "socket_of_packet it_is_in_the_control_group_of_the_process", "sk_cgroup_id, sk_ancestor_cgroup_id"),
     (_SOCKETS, "socket_storage programs_and_descriptors_reach_the_same_values", "sk_storage_get, sk_storage_delete"),
     (_SOCKETS, "socket_options values", "getsockopt, setsockopt"),
+    (_SOCKETS, "cgroup_sockets a_program_binds_before_a_socket_connects", "bind"),
     (_SOCKETS, "maps_sockets a_socket_of_the_group_is_selected", "sk_select_reuseport"),
     (_SOCKETS, "maps_sockets_hooks a_connection_is_put_into_a_map", "sock_map_update, sock_hash_update"),
     (_SOCKETS, "syncookies listeners_make_and_check_cookies", "tcp_gen_syncookie, tcp_check_syncookie"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from groups import Nested, emulated_groups, real_groups
-from hooks import CONTEXT, Recorder, call, load, returns, whole
+from hooks import CONTEXT, Recorder, call, load, on_stack, returns, whole
 from sides import Side
 
 from kbpf import emulator as emulated
@@ -294,3 +294,43 @@ def test_sockets_stay_in_the_group_that_they_were_made_in(worlds: tuple[World, W
         assert said(world.open().bind, ("127.0.0.1", 0)) == 1
     finally:
         emulated.remove_cgroup(outside.path)
+
+
+def sockaddr(family: int, address: str, port: int) -> bytes:
+    packed = socket.inet_pton(INET6 if ":" in address else INET4, address)
+    start = family.to_bytes(2, "little") + port.to_bytes(2, "big")
+    return (start + packed if len(packed) == 4 else start + bytes(4) + packed).ljust(32, b"\0")
+
+
+@pytest.mark.parametrize("family", [INET4, INET6])
+def test_a_program_binds_before_a_socket_connects(worlds: tuple[World, World], family: int) -> None:
+    version, here = (4 if family == INET4 else 6), HERE[family]
+    (port,) = free_ports(family, 1)
+    mine = "127.0.0.7" if version == 4 else "::1"
+    tries = [
+        (sockaddr(family, mine, 0), 32),
+        (sockaddr(family, mine, port), 32),
+        (sockaddr(family, "192.0.2.1" if version == 4 else "2001:db8::1", 0), 32),
+        (sockaddr(0, mine, 0), 32),
+        (sockaddr(1, mine, 0), 32),
+        *((sockaddr(family, mine, 0), size) for size in (1, 2, 15, 16, 23, 24, 28)),
+    ]
+
+    def scenario(world: World) -> Any:
+        answers = []
+        end = world.open(family)
+        end.bind((here, 0))
+        for given, size in tries:
+            step = [*on_stack(given, -32), *call("bind", "context", (10, -32), size)]
+            again = [*on_stack(given, -32), *call("bind", "context", (10, -32), size)]
+            with Recorder(world.side, "cgroup_sock_addr", f"cgroup_inet{version}_connect", [step, again]) as recorder:
+                link = world.groups.attach(recorder.fd, recorder.attach_type)
+                sender = world.open(family)
+                connected = said(sender.connect, end.getsockname())
+                world.side.backend.close(link)
+                name = sender.getsockname()
+                answers.append((recorder.recorded(), connected, name[0], name[1] == port))
+                sender.close()
+        return answers
+
+    same(worlds, scenario)

@@ -6,6 +6,8 @@ What a hook's system call is to return is kept with the context, which all progr
 from __future__ import annotations
 
 import errno
+import socket
+import sys
 
 from kbpf.emulator.cgroup_machine import DeviceAccess, SysctlAccess
 from kbpf.emulator.cgroup_sock import SockContext
@@ -21,6 +23,10 @@ from kbpf.emulator.sock_addr import SockAddr
 from kbpf.emulator.sock_ops import SockOps
 from kbpf.errors import EmulationFault
 from kbpf.uapi.constants import BPF_F_INDEX_MASK
+
+#: Where a packed address starts and ends in its family's ``struct sockaddr``, and the size of IPv4's.
+_ADDRESS = {int(socket.AF_INET): (4, 8), int(socket.AF_INET6): (8, 24)}
+_SOCKADDR_IN = 16
 
 
 def _context(run: Run) -> SockContext | SockAddr | SockOps | SockoptContext:
@@ -48,6 +54,30 @@ def set_retval(run: Run, value: int, *_: int) -> int:
 def context_cookie(run: Run, context: int, *_: int) -> int:
     check_context(context)
     return _context(run).sock.cookie
+
+
+def bind(run: Run, context: int, address: int, size: int, *_: int) -> int:
+    """Give a socket that is about to connect an address of its own, and a port where it is not 0 (Linux 4.17)."""
+    check_context(context)
+    sock = _context(run).sock
+    given = run.read(address, size & M32)
+    if len(given) < 2:
+        return -errno.EINVAL
+    family = int.from_bytes(given[:2], sys.byteorder)
+    at, end = _ADDRESS.get(family, (0, 0))
+    if not end:
+        return -errno.EAFNOSUPPORT
+    if len(given) < max(end, _SOCKADDR_IN):
+        return -errno.EINVAL
+    if family != sock.family:
+        return -errno.EAFNOSUPPORT
+    if sock.bind is None:
+        raise EmulationFault("there is nobody to bind the socket")
+    try:
+        sock.bind(given[at:end], int.from_bytes(given[2:4], "big"))
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
 
 
 def context_storage_get(run: Run, map: int, context: int, value: int, flags: int, _: int) -> int:
@@ -82,6 +112,7 @@ HELPERS: dict[str, HelperFunction] = {
     "set_retval": set_retval,
     "get_socket_cookie": context_cookie,
     "perf_event_output": event_output,
+    "bind": bind,
 }
 CGROUP_SOCK: dict[str, HelperFunction] = {"sk_storage_get": context_storage_get}
 REUSEPORT: dict[str, HelperFunction] = {"get_socket_cookie": sock_cookie}
