@@ -8,11 +8,12 @@ import socket as _socket
 from kbpf.emulator.endpoint import Endpoint
 from kbpf.emulator.network import Network, current
 from kbpf.emulator.slot import error
+from kbpf.emulator.tcpsocket import TcpSocket
 from kbpf.emulator.udp import UdpSocket
 from kbpf.emulator.unix import AF_UNIX, UnixDatagramSocket, UnixEndpoint, UnixStreamSocket
 
 _INET = (int(_socket.AF_INET), int(_socket.AF_INET6))
-_IPPROTO_UDP = 17
+_IPPROTO_TCP, _IPPROTO_UDP = 6, 17
 
 
 def socket(
@@ -31,6 +32,8 @@ def socket(
     if family in _INET:
         if type == _socket.SOCK_DGRAM and proto in (0, _IPPROTO_UDP):
             return UdpSocket(there, family)
+        if type == _socket.SOCK_STREAM and proto in (0, _IPPROTO_TCP):
+            return TcpSocket(there, family)
         raise error(errno.EPROTONOSUPPORT)
     if family == AF_UNIX:
         return _unix(there, type)

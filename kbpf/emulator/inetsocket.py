@@ -6,10 +6,11 @@ import errno
 import ipaddress
 import socket as _socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbpf.emulator import cgroup_hooks
-from kbpf.emulator.endpoint import Endpoint, Option, flag, stored
+from kbpf.emulator.endpoint import Endpoint, Option, flag
 from kbpf.emulator.inet import Path, Sending
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.ports import Binding
@@ -31,6 +32,26 @@ _MOST_PORT = 0xFFFF
 _NAMES = {"localhost": {AF_INET: "127.0.0.1", AF_INET6: "::1"}, "<broadcast>": {AF_INET: "255.255.255.255"}}
 
 
+@dataclass
+class IpOptions:
+    """What a socket puts into the headers of its packets."""
+
+    ttl: int = 64
+    tos: int = 0
+    hops: int = 64
+    traffic_class: int = 0
+
+    def sending(self, sock: Sock, target: bytes, hash: int = 0, gso_segs: int = 0) -> Sending:
+        """How a socket's packet to `target` is sent."""
+        ttl, tos = (self.ttl, self.tos) if len(target) == 4 else (self.hops, self.traffic_class)
+        return Sending(sock, sock.mark, sock.priority, ttl, tos, hash, gso_segs)
+
+
+def _of_ip(name: str) -> Option:
+    """An option that packets' headers have, 8 bits."""
+    return Option(lambda end: getattr(end._ip, name), lambda end, value: setattr(end._ip, name, value & 0xFF))
+
+
 class InetEndpoint(Endpoint):
     """A socket of AF_INET or AF_INET6."""
 
@@ -49,23 +70,28 @@ class InetEndpoint(Endpoint):
             lambda end: end.sock.priority, lambda end, value: end._set("priority", value)
         ),
         (SOL_SOCKET, SO_COOKIE): Option(lambda end: end.sock.cookie),
-        (SOL_IP, IP_TTL): stored("_ttl", 0xFF),
-        (SOL_IP, IP_TOS): stored("_tos", 0xFF),
+        (SOL_IP, IP_TTL): _of_ip("ttl"),
+        (SOL_IP, IP_TOS): _of_ip("tos"),
     }
     OPTIONS6: ClassVar[Mapping[tuple[int, int], Option]] = {
-        (SOL_IPV6, IPV6_UNICAST_HOPS): stored("_hops", 0xFF),
-        (SOL_IPV6, IPV6_TCLASS): stored("_traffic_class", 0xFF),
+        (SOL_IPV6, IPV6_UNICAST_HOPS): _of_ip("hops"),
+        (SOL_IPV6, IPV6_TCLASS): _of_ip("traffic_class"),
         (SOL_IPV6, IPV6_V6ONLY): Option(lambda end: end.sock.v6only, lambda end, value: end._set_v6only(value)),
     }
 
-    def __init__(self, network: Network, family: int, type: int, proto: int) -> None:
+    def __init__(
+        self, network: Network, family: int, type: int, proto: int, *, accepted: Binding | None = None
+    ) -> None:
+        self.closed = True
         self.network = network
-        self.sock = Sock(family=int(family), type=int(type), protocol=int(proto))
-        cgroup_hooks.sock_create(self.sock)
-        self._binding = Binding(self.sock)
+        if accepted is None:
+            self.sock = Sock(family=int(family), type=int(type), protocol=int(proto))
+            cgroup_hooks.sock_create(self.sock)
+            self._binding = Binding(self.sock)
+        else:
+            self.sock, self._binding = accepted.sock, accepted
         self._broadcast = self._keepalive = False
-        self._ttl = self._hops = 64
-        self._tos = self._traffic_class = 0
+        self._ip = IpOptions()
         #: ``sk_txhash``: what the packets of a connected socket have as their hash.
         self._hash = 0
         super().__init__(family, type, proto)
@@ -110,6 +136,25 @@ class InetEndpoint(Endpoint):
 
     def _device(self) -> EmulatedInterface | None:
         return self.network.by_index(self.sock.bound_dev_if)
+
+    def _join_group(self) -> None:
+        """The group of those that are bound just like this one, where they share their port (`reuseport_add_sock`)."""
+        sock = self.sock
+        if not self._binding.reuseport:
+            return
+        wanted = _place(sock)
+        for other in self.network.inet.ports.of(sock.protocol, sock.local_port):
+            there = other.sock
+            if there is not sock and other.reuseport and there.reuseport is not None and _place(there) == wanted:
+                self._leave_group()
+                there.reuseport.add(sock)
+                return
+        if sock.reuseport is None:
+            ReuseportGroup().add(sock)
+
+    def _leave_group(self) -> None:
+        if self.sock.reuseport is not None:
+            self.sock.reuseport.remove(self.sock)
 
     # The program that chooses among sockets that share the port.
 
@@ -209,17 +254,10 @@ class InetEndpoint(Endpoint):
             raise error(errno.ENETUNREACH if len(own) == 4 else errno.EINVAL)
         return path, own, remote
 
-    def _sending(self, target: bytes, hash: int = 0, gso_segs: int = 0) -> Sending:
-        narrow = len(target) == 4
-        return Sending(
-            self.sock,
-            self.sock.mark,
-            self.sock.priority,
-            self._ttl if narrow else self._hops,
-            self._tos if narrow else self._traffic_class,
-            hash,
-            gso_segs,
-        )
+
+def _place(sock: Sock) -> tuple[object, ...]:
+    """What sockets of a group have in common beside their port."""
+    return sock.family, sock.local, sock.bound_dev_if, sock.v6only
 
 
 def bare(address: bytes) -> bytes:

@@ -33,6 +33,7 @@ from kbpf.emulator.packet import Packet
 from kbpf.emulator.replay import Replay
 from kbpf.emulator.slot import error
 from kbpf.emulator.socket_table import SocketTable
+from kbpf.emulator.tcp import TcpLayer
 from kbpf.emulator.udp import UdpLayer
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Network:
         self.unix: weakref.WeakValueDictionary[bytes, UnixEndpoint] = weakref.WeakValueDictionary()
         self.inet = Inet(self)
         self.udp = UdpLayer(self.inet)
+        self.tcp = TcpLayer(self.inet)
         icmp.install(self.inet)
         self.add_interface("lo", address=bytes(6), hatype=ethernet.ARPHRD_LOOPBACK, mtu=LOOPBACK_MTU)
         for address in ("127.0.0.1/8", "::1/128"):

@@ -37,7 +37,7 @@ class Ports:
         """Give a port, any that is free for 0; `OSError` EADDRINUSE."""
         protocol = binding.sock.protocol
         if port:
-            if self._taken(binding, local, port):
+            if self.taken(binding, local, port):
                 raise error(errno.EADDRINUSE)
         else:
             start = environment.random32()
@@ -61,14 +61,20 @@ class Ports:
         if not held:
             self._bindings.pop(key, None)
 
-    def _taken(self, binding: Binding, local: bytes, port: int) -> bool:
+    def taken(self, binding: Binding, local: bytes, port: int) -> bool:
+        """Whether somebody has the port who does not share it (`inet_bind_conflict`)."""
         return any(
             _overlap(binding.sock, local, other.sock)
-            and not (binding.reuseport and other.reuseport)
+            and not (_shares(binding) and other.reuseport)
             and not (binding.reuseaddr and other.reuseaddr and other.sock.state != BPF_TCP_LISTEN)
             for other in self.of(binding.sock.protocol, port)
             if other is not binding and _same_device(binding.sock, other.sock)
         )
+
+
+def _shares(binding: Binding) -> bool:
+    """Whether it shares its port with others that do; not a TCP socket that was given a program before it listens."""
+    return binding.reuseport and (binding.sock.protocol != socket.IPPROTO_TCP or binding.sock.reuseport is None)
 
 
 def _same_device(one: Sock, other: Sock) -> bool:

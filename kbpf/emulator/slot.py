@@ -31,6 +31,12 @@ class Slot:
         self.classic: bytes | None = None
         self.locked = False
 
+    def copy(self) -> Slot:
+        """One with the same filter and lock, as an accepted connection has its listener's (`sk_clone_lock`)."""
+        made = Slot()
+        made.program, made.classic, made.locked = self.program, self.classic, self.locked
+        return made
+
     def refuse_if_locked(self) -> None:
         """EPERM when locked: the kernel says so before it looks at the new program."""
         if self.locked:

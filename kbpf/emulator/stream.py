@@ -31,6 +31,10 @@ class StreamEndpoint(Endpoint):
     def _may_read(self) -> None:
         """`OSError` for a socket that cannot be read from at all."""
 
+    def _raise_read_error(self) -> None:
+        """Report what came in the meantime, before the end."""
+        self._raise_error()
+
     def _transmit(self, data: bytes, flags: int) -> int:
         """Take some of the data, waiting until there is room; called under the lock."""
         raise NotImplementedError
@@ -54,7 +58,7 @@ class StreamEndpoint(Endpoint):
                 lambda: len(self._incoming) >= whole or bool(self._error) or self._ended(), self._limit(flags)
             )
             if not self._incoming:
-                self._raise_error()
+                self._raise_read_error()
             data = bytes(self._incoming[:limit])
             sender = self._sender() if data else None
             if data and not flags & MSG_PEEK:

@@ -23,7 +23,6 @@ from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.slot import error
 from kbpf.emulator.sock import ANY4, ANY6, MAPPED, Sock
-from kbpf.emulator.socket_table import ReuseportGroup
 from kbpf.uapi.constants import BPF_TCP_ESTABLISHED
 
 if TYPE_CHECKING:
@@ -220,8 +219,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         sock = self.sock
         port = self.network.inet.ports.claim(self._binding, local, port)
         sock.local, sock.local_port = local, port
-        if self._binding.reuseport:
-            self._join()
+        self._join_group()
         self.network.sockets.add(sock)
 
     def _unbind(self) -> None:
@@ -229,28 +227,8 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         sock = self.sock
         self.network.sockets.remove(sock)
         self.network.inet.ports.release(self._binding)
-        if sock.reuseport is not None:
-            sock.reuseport.remove(sock)
+        self._leave_group()
         sock.local, sock.local_port = ANY4 if self.family == AF_INET else ANY6, 0
-
-    def _join(self) -> None:
-        """The group of those that are bound just like this one (`udp_reuseport_add_sock`)."""
-        sock = self.sock
-        for other in self.network.inet.ports.of(IPPROTO_UDP, sock.local_port):
-            there = other.sock
-            alike = (there.family, there.local, there.bound_dev_if, there.v6only) == (
-                sock.family,
-                sock.local,
-                sock.bound_dev_if,
-                sock.v6only,
-            )
-            if there is not sock and other.reuseport and alike and there.reuseport is not None:
-                if sock.reuseport is not None:
-                    sock.reuseport.remove(sock)
-                there.reuseport.add(sock)
-                return
-        if sock.reuseport is None:
-            ReuseportGroup().add(sock)
 
     def connect(self, address: tuple[Any, ...]) -> None:
         """Send to and receive from this address only."""
@@ -335,7 +313,9 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             hash = environment.flow_hash(ends) & 0xFFFFFFFF or 1
         segment = headers.udp(self.sock.local_port, port, len(data)) + data
         with backlog.event():
-            self.network.inet.send(path, source, target, IPPROTO_UDP, segment, self._sending(target, hash))
+            self.network.inet.send(
+                path, source, target, IPPROTO_UDP, segment, self._ip.sending(self.sock, target, hash)
+            )
             self.network.inet.counters["UdpOutDatagrams"] += 1
         return len(data)
 
