@@ -6,14 +6,16 @@ import errno
 import socket as _socket
 
 from kbpf.emulator.endpoint import Endpoint
+from kbpf.emulator.netlink import AF_NETLINK, NETLINK_USERSOCK, NetlinkSocket
 from kbpf.emulator.network import Network, current
+from kbpf.emulator.rawsocket import RawSocket
 from kbpf.emulator.slot import error
 from kbpf.emulator.tcpsocket import TcpSocket
 from kbpf.emulator.udp import UdpSocket
 from kbpf.emulator.unix import AF_UNIX, UnixDatagramSocket, UnixEndpoint, UnixStreamSocket
 
 _INET = (int(_socket.AF_INET), int(_socket.AF_INET6))
-_IPPROTO_TCP, _IPPROTO_UDP = 6, 17
+_IPPROTO_TCP, _IPPROTO_UDP, _IPPROTO_RAW = 6, 17, 255
 
 
 def socket(
@@ -34,7 +36,15 @@ def socket(
             return UdpSocket(there, family)
         if type == _socket.SOCK_STREAM and proto in (0, _IPPROTO_TCP):
             return TcpSocket(there, family)
+        if type == _socket.SOCK_RAW and 0 < proto < _IPPROTO_RAW:
+            return RawSocket(there, family, proto)
         raise error(errno.EPROTONOSUPPORT)
+    if family == AF_NETLINK:
+        if type not in (_socket.SOCK_DGRAM, _socket.SOCK_RAW):
+            raise error(errno.ESOCKTNOSUPPORT)
+        if proto != NETLINK_USERSOCK:
+            raise error(errno.EPROTONOSUPPORT)
+        return NetlinkSocket(there, type)
     if family == AF_UNIX:
         return _unix(there, type)
     raise error(errno.EAFNOSUPPORT)

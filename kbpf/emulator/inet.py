@@ -17,6 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from weakref import WeakMethod
 
 from kbpf.emulator import cgroup_hooks, ethernet, headers
 from kbpf.emulator.environment import environment
@@ -72,8 +73,8 @@ class Inet:
         self._idents = itertools.count(1)
         #: Who takes received packets, by IP protocol.
         self.transports: dict[int, Transport] = {}
-        #: Who sees each received packet before that: raw sockets. Offset 0 is the network header.
-        self.raw: list[Callable[[EmulatedInterface, Packet, IpHeader], bool]] = []
+        #: Who sees each received packet before that, offset 0 the network header: raw sockets.
+        self.raw: list[WeakMethod[Callable[[EmulatedInterface, Packet, IpHeader], bool]]] = []
         #: What ``nstat`` counts, by its names: ``UdpInErrors``.
         self.counters: Counter[str] = Counter()
         self.ports = Ports()
@@ -193,7 +194,8 @@ class Inet:
         """To raw sockets, and to whose protocol it is (`ip_protocol_deliver_rcu`)."""
         if packet.length > header.end:
             packet.resize(header.end)
-        taken = [socket(device, packet, header) for socket in tuple(self.raw)]
+        raw = [socket for reference in self.raw if (socket := reference()) is not None]
+        taken = [socket(device, packet, header) for socket in raw]
         transport = self.transports.get(header.protocol)
         packet.transport = packet.offset + header.start
         if transport is not None:
@@ -214,13 +216,25 @@ class Inet:
 
     # Sending.
 
-    def send(self, path: Path, source: bytes, target: bytes, protocol: int, segment: bytes, how: Sending) -> None:
-        """Send a transport segment, whose checksum is yet to be made; `OSError` EMSGSIZE for more than the MTU."""
+    def send(
+        self,
+        path: Path,
+        source: bytes,
+        target: bytes,
+        protocol: int,
+        segment: bytes,
+        how: Sending,
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Send a transport segment, whose checksum is yet to be made if it is `partial`.
+
+        Raises `OSError` EMSGSIZE for more than the MTU.
+        """
         version = 4 if len(target) == 4 else 6
         size = headers.IPV4_SIZE if version == 4 else headers.IPV6_SIZE
         if size + len(segment) > min(path.device.mtu, 0xFFFF if version == 4 else headers.IPV6_SIZE + 0xFFFF):
             raise error(errno.EMSGSIZE)
-        partial = protocol in (headers.IPPROTO_UDP, headers.IPPROTO_TCP)
         if partial:
             seed = headers.pseudo_sum(source, target, protocol, len(segment))
             segment = headers.with_checksum(segment, protocol, seed)

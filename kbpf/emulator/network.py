@@ -37,6 +37,7 @@ from kbpf.emulator.tcp import TcpLayer
 from kbpf.emulator.udp import UdpLayer
 
 if TYPE_CHECKING:
+    from kbpf.emulator.netlink import NetlinkSocket
     from kbpf.emulator.packetsocket import EmulatedPacketSocket
     from kbpf.emulator.unix import UnixEndpoint
 
@@ -57,6 +58,8 @@ class Network:
         self.sockets = SocketTable()
         #: UNIX sockets by their names.
         self.unix: weakref.WeakValueDictionary[bytes, UnixEndpoint] = weakref.WeakValueDictionary()
+        #: Netlink sockets by their port ids.
+        self.netlink: weakref.WeakValueDictionary[int, NetlinkSocket] = weakref.WeakValueDictionary()
         self.inet = Inet(self)
         self.udp = UdpLayer(self.inet)
         self.tcp = TcpLayer(self.inet)

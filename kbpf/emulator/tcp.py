@@ -78,7 +78,7 @@ class TcpLayer:
         with backlog.event():
             try:
                 path = self.inet.path(target, self.network.by_index(device))
-                self.inet.send(path, source, target, IPPROTO_TCP, segment, how)
+                self.inet.send(path, source, target, IPPROTO_TCP, segment, how, partial=True)
             except OSError:
                 return
 

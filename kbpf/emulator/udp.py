@@ -36,8 +36,8 @@ _MOST_DATA = 0xFFFF - UDP_SIZE
 _ROOM, _LINEAR, _PAGED = 31 + 320, 16384, 832
 
 
-def _size(packet: int, data: int) -> int:
-    """What a datagram counts for against SO_RCVBUF."""
+def ip_truesize(packet: int, data: int) -> int:
+    """What an IP packet, of which `data` bytes were the sender's, counts for against SO_RCVBUF."""
     need = packet + _ROOM
     if need <= _LINEAR:
         return truesize(need if need <= _LINEAR // 2 else _LINEAR)
@@ -138,7 +138,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             return
         # UDP never loses its header.
         data = packet.data[UDP_SIZE : max(kept, UDP_SIZE)]
-        size = _size(packet.length + header.start, packet.length - UDP_SIZE)
+        size = ip_truesize(packet.length + header.start, packet.length - UDP_SIZE)
         if self._queued_size and self._queued_size + size > self._rcvbuf:
             counters["UdpRcvbufErrors"] += 1
             self._drop()
@@ -313,9 +313,8 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             hash = environment.flow_hash(ends) & 0xFFFFFFFF or 1
         segment = headers.udp(self.sock.local_port, port, len(data)) + data
         with backlog.event():
-            self.network.inet.send(
-                path, source, target, IPPROTO_UDP, segment, self._ip.sending(self.sock, target, hash)
-            )
+            how = self._ip.sending(self.sock, target, hash)
+            self.network.inet.send(path, source, target, IPPROTO_UDP, segment, how, partial=True)
             self.network.inet.counters["UdpOutDatagrams"] += 1
         return len(data)
 
