@@ -1,10 +1,11 @@
 """The kernel in user space: memory, interpreter, helpers, maps, contexts, network, sockets.
 
-The emulated network is for tests and for programs without privileges: `inject` puts frames on an interface,
-`add_interface` and `add_pair` make more of them, and ``KBPF_EMULATED_CAPTURE=FILE`` plays a capture. `environment` is
-the machine around the programs, as a test sets it; a `ManualClock` makes its time repeatable. `run_program` runs a
-program that Linux runs on events of its own, over a context and a `Sock` that a test makes. `current_task` is the
-thread that programs run in, `fire` makes an event happen that programs are attached to.
+The emulated network is for tests and for programs without privileges: `socket` and `socketpair` make sockets there,
+`inject` puts frames on an interface, `add_interface` and `add_pair` make more of them, and
+``KBPF_EMULATED_CAPTURE=FILE`` plays a capture. `environment` is the machine around the programs, as a test sets it; a
+`ManualClock` makes its time repeatable. `run_program` runs a program that Linux runs on events of its own, over a
+context and a `Sock` that a test makes. `current_task` is the thread that programs run in, `fire` makes an event happen
+that programs are attached to.
 """
 
 from kbpf.emulator.attached import fire

@@ -80,8 +80,9 @@ def test_raw_sockets_hear_what_they_are_bound_to(netns: NetworkNamespace, addres
         udp = host.open(family(address), RAW, socket.IPPROTO_UDP)
         icmp = host.open(family(address), RAW, 1 if address == "127.0.0.1" else 58)
         host.open(family(address)).sendto(b"nobody", (address, 9))
-        for end in (udp, icmp):
-            found.append([(len(data), data[22:24], where[0]) for data, where in [end.recvfrom(200)]])
+        for end, at in (udp, 22), (icmp, 20):
+            data, where = end.recvfrom(200)
+            found.append((len(data), data[at : at + 2], where[0]))
         return found
 
     same_on_both(netns, scenario)
