@@ -23,6 +23,7 @@ from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from keyword import iskeyword
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from kbpf.types import Array, Enum, Float, Int, Pointer, Struct, Type
@@ -39,6 +40,9 @@ class Codec(NamedTuple):
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]
     decode_many: Callable[[bytes], list[Any]]
+    #: Where one ``struct`` format reads the whole: that, and what makes a value of its fields (None: a tuple).
+    flat: struct.Struct | None = None
+    make: Callable[[tuple[Any, ...]], Any] | None = None
 
 
 def codec(type: Type | None, size: int) -> Codec:
@@ -116,7 +120,7 @@ def _scalar_codec(letter: str, size: int) -> Codec:
         values: list[Any] = memoryview(data).cast(form).tolist()
         return values
 
-    return Codec(size, encode, decode, decode_many)
+    return Codec(size, encode, decode, decode_many, packer, itemgetter(0))
 
 
 def _array_codec(type: Array) -> Codec:
@@ -171,7 +175,14 @@ def _struct_codec(type: Struct) -> Codec:
 
     if flat is not None:
         unpack, iterate, make = flat.unpack, flat.iter_unpack, record._make
-        return Codec(type.size, encode, lambda data: make(unpack(data)), lambda data: list(map(make, iterate(data))))
+        return Codec(
+            type.size,
+            encode,
+            lambda data: make(unpack(data)),
+            lambda data: list(map(make, iterate(data))),
+            flat,
+            make,
+        )
 
     def decode(data: bytes) -> Any:
         return record._make(member.decode(data[at : at + member.size]) for at, member in members)
