@@ -102,7 +102,9 @@ def test_count_on_the_kernel_prints_totals_when_interrupted(number: signal.Signa
     ):
         receiver.bind(("127.0.0.1", 0))
         port = receiver.getsockname()[1]
-        code = "from kbpf.cli.main import main; main()"
+        # Where the tests run in the background of a shell, SIGINT is ignored, and so by their children.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += "from kbpf.cli.main import main; main()"
         command = [sys.executable, "-u", "-c", code, "count", "lo", "--interval", "0.05", "--json"]
         process = subprocess.Popen([*command, f"mine=udp dst port {port}"], stdout=subprocess.PIPE, text=True)
         with process:

@@ -31,8 +31,9 @@ def group(backend: Any) -> Iterator[str]:
         yield str(path)
         path.rmdir()
     else:
-        yield add_cgroup("/sys/fs/cgroup/web").path
-        remove_cgroup("/sys/fs/cgroup/web")
+        made = add_cgroup(f"/sys/fs/cgroup/kbpf-test-{os.getpid()}").path
+        yield made
+        remove_cgroup(made)
 
 
 def program(backend: Any, type: str, attach_type: str | None = None) -> kbpf.Program:
