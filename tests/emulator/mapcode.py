@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from btf_bytes import GLOBAL, BtfBytes
 from sides import CB, FRAME, Side
 
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.testing.btf_bytes import GLOBAL, BtfBytes
 from kbpf.uapi.enums import HELPERS
 
 Code = list[Instruction]

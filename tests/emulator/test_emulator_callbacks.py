@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from btf_bytes import GLOBAL, BtfBytes
 from mapcode import (
     EXIT,
     Code,
@@ -33,6 +32,7 @@ from kbpf.backend import LoadRefused
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.testing.btf_bytes import GLOBAL, BtfBytes
 
 pytestmark = pytest.mark.requires("kernel")
 

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from btf_bytes import FUNC, BtfBytes
 from mapcode import Code, call, main, mov, put, run, unless_null
 from sides import Side
 
@@ -17,6 +16,7 @@ from kbpf.emulator import environment
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
+from kbpf.testing.btf_bytes import FUNC, BtfBytes
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 

@@ -11,7 +11,6 @@ import struct
 from typing import Any
 
 import pytest
-from btf_bytes import ARRAY, PTR, BtfBytes
 from mapcode import EXIT, Code, attempt, call, copy, get, made, main, mov, put, run, stack, the_map, unless_null
 from sides import Side
 from timers import with_timer
@@ -22,6 +21,7 @@ from kbpf.emulator.ksyms import kernel_types
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec
+from kbpf.testing.btf_bytes import ARRAY, PTR, BtfBytes
 from kbpf.uapi import constants as uapi
 
 pytestmark = pytest.mark.requires("kernel")

@@ -6,7 +6,6 @@ import struct
 from dataclasses import replace
 
 import pytest
-from btf_bytes import BtfBytes
 from mapcode import attempt, call, copy, get, made, main, mov, put, run, stack, the_map, unless_null
 from sides import Side
 
@@ -15,6 +14,7 @@ from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec
+from kbpf.testing.btf_bytes import BtfBytes
 from kbpf.uapi import constants as uapi
 
 pytestmark = pytest.mark.requires("kernel")

@@ -167,7 +167,7 @@ def test_what_linux_cannot_show_faults(emulator: Side) -> None:
 
 def test_long_arrays_use_up_the_budget(emulator: Side) -> None:
     """However many elements BTF says there are."""
-    from btf_bytes import ARRAY, BtfBytes
+    from kbpf.testing.btf_bytes import ARRAY, BtfBytes
 
     described = BtfBytes()
     array = described.add("", ARRAY, 0, 0, struct.pack("=III", described.int, described.int, 1 << 29))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from btf_bytes import BtfBytes
 from mapcode import EXIT, Code, call, copy, described, function_address, get, link_functions, mov, put, stack, the_map
 
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec
+from kbpf.testing.btf_bytes import BtfBytes
 
 #: Where a value has what: how often the callback ran, the key it was given, and the timer.
 COUNT, KEY, TIMER, VALUE_SIZE = 0, 8, 16, 32
