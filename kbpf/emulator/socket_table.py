@@ -95,6 +95,12 @@ class SocketTable:
         else:
             socks.insert(0, sock)
 
+    def connected(self, sock: Sock) -> None:
+        """A bound UDP socket is connected: of those that are connected to the same, the last one is found."""
+        socks = self._socks[sock.protocol, sock.local_port]
+        socks.remove(sock)
+        socks.insert(0, sock)
+
     def remove(self, sock: Sock) -> None:
         """Packets no longer find it; nothing where they never did."""
         key = sock.protocol, sock.local_port
@@ -120,11 +126,16 @@ class SocketTable:
         """The socket that a packet from `remote` to `local`, both packed, is for; None if there is none.
 
         `ifindex` is the device it came in by. The program of a reuseport group is asked only if there is a `packet`.
+        A packet that has been assigned to a socket is for that one, or for another of its group (`inet_steal_sock`).
         """
         socks = self._socks.get((protocol, local_port), [])
         flow = remote, remote_port, local, local_port, ifindex
         find = self._tcp if protocol == socket.IPPROTO_TCP else self._udp
         try:
+            if packet is not None and packet.socket is not None:
+                assigned = packet.socket
+                waits = assigned.state == (BPF_TCP_LISTEN if assigned.protocol == socket.IPPROTO_TCP else BPF_TCP_CLOSE)
+                return (self._of_group(assigned, flow, packet) if waits else None) or assigned
             return find(socks, flow, packet)
         except GroupRefusesError:
             return None

@@ -247,8 +247,11 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             sock.remote = MAPPED + target if self.family != AF_INET and len(target) == 4 else target
             sock.remote_port, sock.state = port, BPF_TCP_ESTABLISHED
             self._hash = environment.random32() or 1
+            self.network.sockets.connected(sock)
             if sock.reuseport is not None:
+                # What is connected is found by that alone (`udp_lib_hash4` and `udp_lib_rehash` detach it).
                 sock.reuseport.has_conns = True
+                sock.reuseport.remove(sock)
 
     def connect_ex(self, address: tuple[Any, ...]) -> int:
         """`connect`, the error as a number."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from mapcode import Code, call, copy, made, mov
+from hosts import Host, outcome, received, same_on_both
+from mapcode import Code, call, copy, made, mov, stack
 from sides import FRAME, Side
 from socks import MAPS, OUT, Scene, keep_result, looks_up, tuple_of
 
 from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.environment import environment
 from kbpf.emulator.packet import Packet
-from kbpf.isa import ebpf
+from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel.attrs import command
 from kbpf.specs import ProgramSpec
@@ -100,3 +103,52 @@ def receive(program: int) -> None:
             sender.recv(100)
     finally:
         os.close(link)
+
+
+def assigns_port(port: int) -> Code:
+    """Give every packet to the UDP socket that is bound to 127.0.0.1 at `port`, if one is."""
+    question = tuple_of("0.0.0.0", 0, "127.0.0.1", port)
+    words = [int.from_bytes(question[at : at + 4], sys.byteorder) for at in range(0, 12, 4)]
+    return [
+        *copy(9, 1),
+        *(Instruction(ebpf.ST | ebpf.MEM | ebpf.W, 10, 0, 4 * at - 12, signed(word)) for at, word in enumerate(words)),
+        *copy(1, 9), *stack(2, -12), *mov(3, 12), *mov(4, -1), *mov(5, 0), *call("sk_lookup_udp"),
+        Instruction(ebpf.JMP | ebpf.JEQ, 0, 0, 8),
+        *copy(8, 0), *copy(1, 9), *copy(2, 8), *mov(3, 0), *call("sk_assign"), *copy(1, 8), *call("sk_release"),
+        *mov(0, 0), *mov(0, 0), Instruction(ebpf.JMP | ebpf.EXIT),
+    ]  # fmt: skip
+
+
+def signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("attach_type", ["tcx_ingress", "tcx_egress"])
+def test_an_assigned_packet_goes_to_its_socket_or_its_group(
+    netns: NetworkNamespace, count: int, attach_type: str
+) -> None:
+    def scenario(host: Host) -> Any:
+        group, other = [host.open() for _ in range(count)], host.udp(port=81)
+        for one in group:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind(("127.0.0.1", 80))
+        place = [cbpf.stmt(cbpf.LD | cbpf.B | cbpf.ABS, 0), cbpf.stmt(cbpf.RET | cbpf.A)]
+        host.backend.socket_attach_reuseport_filter(group[0], cbpf.encode(place))
+        spec = ProgramSpec(type="sched_cls", instructions=tuple(assigns_port(80)), license="GPL")
+        fd = host.backend.program_load(spec, [])
+        link = host.backend.link_create(fd, LOOPBACK, attach_type)
+        with host.udp() as sender:
+            # Where nobody listens, and where somebody else does.
+            for port in (82, 81):
+                for data in (b"\0", b"\2"):
+                    outcome(sender.sendto, data, ("127.0.0.1", port))
+            found = [received(one) for one in (*group, other)]
+            group[0].connect(("127.0.0.1", 9))
+            outcome(sender.sendto, b"\0later", ("127.0.0.1", 82))
+            found += [received(one) for one in (*group, other)]
+        for each in (link, fd):
+            host.backend.close(each)
+        return found
+
+    same_on_both(netns, scenario)

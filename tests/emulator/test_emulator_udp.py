@@ -342,3 +342,50 @@ def test_a_reuseport_program_chooses(netns: NetworkNamespace, address: str) -> N
         return [*found, heard()]
 
     same_on_both(netns, scenario)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_socket_that_is_connected_leaves_its_group(netns: NetworkNamespace, address: str) -> None:
+    def scenario(host: Host) -> Any:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        target = "::1" if ":" in address else "127.0.0.1"
+        group = [host.open(family) for _ in range(3)]
+        for one in group:
+            one.setsockopt(socket.SOL_SOCKET, SO_REUSEPORT, 1)
+            one.bind((address, 7000))
+        sender, peer = host.udp(target, 7001), host.udp(target, 7002)
+        place = [cbpf.stmt(cbpf.LD | cbpf.B | cbpf.ABS, 0), cbpf.stmt(cbpf.RET | cbpf.A)]
+        host.backend.socket_attach_reuseport_filter(group[2], cbpf.encode(place))
+        found: list[Any] = []
+        for connected in (0, 1):
+            group[connected].connect((target, 7002))
+            for data in (b"\0", b"\1")[: 2 - connected]:
+                sender.sendto(data, (target, 7000))
+                peer.sendto(data, (target, 7000))
+            found.append([sorted(received(one)) for one in group])
+        # One that has left has no group to take the program from.
+        found.append([outcome(host.backend.socket_detach_reuseport, one) for one in (group[0], group[2])])
+        return found
+
+    same_on_both(netns, scenario)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_of_sockets_that_are_connected_to_the_same_the_last_is_found(netns: NetworkNamespace, address: str) -> None:
+    def scenario(host: Host) -> Any:
+        found = []
+        for order in ((0, 1), (1, 0)):
+            ends = [host.open(socket.AF_INET6 if ":" in address else socket.AF_INET) for _ in range(2)]
+            for one in ends:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind((address, 7000))
+            peer = host.udp(address, 7002)
+            for place in order:
+                ends[place].connect((address, 7002))
+            peer.sendto(b"data", (address, 7000))
+            found.append([received(one) for one in ends])
+            for one in (*ends, peer):
+                one.close()
+        return found
+
+    same_on_both(netns, scenario)
