@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from kbpf.emulator import cgroup_machine, cgroup_sock, cgroup_sockopt, sk_reuseport, sock_addr, sock_ops, tracing
 from kbpf.emulator.backend import emulator_backend
-from kbpf.emulator.interpreter import Context, Run
+from kbpf.emulator.interpreter import Context
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
@@ -57,7 +57,7 @@ TYPES = frozenset(MAKERS) | frozenset(tracing.ACCESS)
 def run(program: Program, context: Context, packet: Packet | None = None) -> int:
     """Run over a context; returns the low 32 bits of R0. Raises `EmulationFault`."""
     packet = Packet(buffer=b"") if packet is None else packet
-    return Run(program, program.code, packet, packet.data, context=context).execute()
+    return program.execute(packet, packet.data, context)
 
 
 def run_event(

@@ -220,8 +220,7 @@ class Run(Space):
     def leave(self) -> int:
         """End a frame; returns where to go on."""
         if not self.frames:
-            if self.lock or self.held:
-                raise EmulationFault("the program ends with a lock, a socket or a reserved record in its hands")
+            self.check_hands()
             return ENDED
         state = self.state
         after, code, self.base, *state[6:10] = self.frames.pop()
@@ -231,6 +230,11 @@ class Run(Space):
             return after
         self.code, self.resume = code, after
         return SWITCHED
+
+    def check_hands(self) -> None:
+        """The program ends: fault if it has not given back what helpers have handed out."""
+        if self.lock or self.held:
+            raise EmulationFault("the program ends with a lock, a socket or a reserved record in its hands")
 
     def call(self, function: int, *arguments: int) -> int:
         """Call one of the program's functions from a helper; returns its R0."""

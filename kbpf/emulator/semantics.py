@@ -251,7 +251,7 @@ def _load_signed(size: int) -> str:
     return (
         f"p = r[s] + off\n"
         f"try: r[d] = sget{size}(r[READ][p >> 32], p & M32)[0] & M64\n"
-        f"except bad_access: r[d] = ((r[RUN].load(p, {size}) ^ {sign}) - {sign}) & M64\n"
+        f"except bad_access: r[d] = ((r[RUN].load(p, {size}) & {2 * sign - 1} ^ {sign}) - {sign}) & M64\n"
         f"return next"
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kbpf.emulator.jit.code import Body
-from kbpf.emulator.jit.layout import TABLE_SIZE
+from kbpf.emulator.jit.layout import ASKED, TABLE_SIZE
 from kbpf.emulator.jit.pointers import CONTEXT, GUESS, STACK, Pointer, Registers, at_frame, size_of
 from kbpf.emulator.memory import CONTEXT as CONTEXT_REGION
 from kbpf.emulator.memory import M32
@@ -30,12 +30,13 @@ _OPERATIONS = {ebpf.ADD: "add", ebpf.OR: "or", ebpf.AND: "and", ebpf.XOR: "xor"}
 
 
 class Lasting(NamedTuple):
-    """A region whose bytes stay where they are as long as the program does."""
+    """A region whose bytes stay where they are as long as the program does, which has `held` for that."""
 
     address: int
     size: int
     readable: bool
     writable: bool
+    held: object
 
 
 @dataclass
@@ -58,8 +59,9 @@ class Memory:
         size = size_of(opcode)
         held = registers[src]
         signed = opcode & 7 == ebpf.LDX and opcode & 0xE0 == ebpf.MEMSX
-        if held is not None and held.kind == CONTEXT and held.offset is not None and not signed:
-            value = self._context_field(pc, held.offset + off, size)
+        at = None if held is None or held.kind != CONTEXT or held.offset is None else held.offset + off
+        if at is not None and at >= 0 and not signed:
+            value = self._context_field(pc, at, size)
         else:
             value = self.value_at(pc, held, src, off, size)
         if signed:
@@ -248,6 +250,7 @@ class Memory:
     def _ask(self, pc: int, kind: int, address: str, size: int, value: str) -> tuple[str, str]:
         """Leave an access to Python; goes on only if it did not fault, in the block that is returned."""
         body = self.body
+        body.store_field("status", str(ASKED))
         got = body.value(
             f"call i64 inttoptr (i64 {self.callback} to ptr)(ptr %run, i64 {pc}, i64 {kind}, i64 {address},"
             f" i64 {size}, i64 {value})"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 from kbpf.emulator.interpreter import Code, Subject
 from kbpf.emulator.jit import emit
-from kbpf.emulator.jit.buffers import host_address, read_address
+from kbpf.emulator.jit.buffers import read_address
 from kbpf.emulator.jit.callbacks import CALLBACKS
 from kbpf.emulator.jit.engine import Compiled
 from kbpf.emulator.jit.layout import WORD, WORDS
@@ -222,17 +222,19 @@ _OVER_SPANS_TYPE = ctypes.CFUNCTYPE(*_COMMON, ctypes.c_void_p, ctypes.c_uint64, 
 class Loops:
     """The two loops of a compiled module, whose packets are those of a session."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: Compiled, asks: bool) -> None:
+        self._asks = asks
         self._list = _OVER_LIST_TYPE(compiled.address("over_list"))
         self._spans = _OVER_SPANS_TYPE(compiled.address("over_spans"))
 
     def over_list(self, session: Session, packets: list[bytes], wirelens: array[int], out: Any) -> int:
         """Run over bytes objects; returns how many were done. Raises `TypeError` for what is none, `EmulationFault`."""
         where = (ctypes.c_uint64 * 2)()
-        results = host_address(out)[0]
-        done: int = self._list(
-            session.address, len(packets), _place(wirelens), results, packets, ctypes.addressof(where)
-        )
+        if self._asks:
+            # What Python does meanwhile, and other threads, may change the list.
+            packets = list(packets)
+        with _fixed(wirelens) as lengths, _fixed(out) as results:
+            done: int = self._list(session.address, len(packets), lengths, results, packets, ctypes.addressof(where))
         session.finish(0)
         return done
 
@@ -240,12 +242,11 @@ class Loops:
         self, session: Session, buffer: Any, offsets: array[int], sizes: array[int], wirelens: array[int], out: Any
     ) -> int:
         """Run over spans of a buffer; returns how many were done, until one was not inside it. `EmulationFault`."""
-        results = host_address(out)[0]
-        with read_address(buffer) as base:
-            done: int = self._spans(
-                session.address, len(offsets), _place(wirelens), results, base, len(buffer),
-                offsets.buffer_info()[0], sizes.buffer_info()[0],
-            )  # fmt: skip
+        with (
+            read_address(buffer) as base, _fixed(offsets) as starts, _fixed(sizes) as ends,
+            _fixed(wirelens) as lengths, _fixed(out) as results,
+        ):  # fmt: skip
+            done: int = self._spans(session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
         session.finish(0)
         return done
 
@@ -268,7 +269,7 @@ class NativeBatch:
         self._asks = source.asks
         #: Sessions for single packets.
         self._ready: list[Session] = []
-        self._loops = Loops(self._program.compiled)
+        self._loops = Loops(self._program.compiled, source.asks)
 
     def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytearray:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""
@@ -316,6 +317,11 @@ def numbers(values: Sequence[int] | None, count: int) -> array[int]:
     return values if isinstance(values, array) and values.typecode == "Q" else array("Q", values or ())
 
 
-def _place(numbers: array[int]) -> int:
-    """Where they are in memory; 0 for none."""
-    return numbers.buffer_info()[0] if numbers else 0
+@contextmanager
+def _fixed(numbers: Any) -> Iterator[int]:
+    """Where they are in memory, which is not to change meanwhile; 0 for none."""
+    if not numbers:
+        yield 0
+        return
+    with read_address(numbers) as address:
+        yield address

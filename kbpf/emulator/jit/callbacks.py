@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from kbpf.emulator import engines
 from kbpf.emulator.jit.access import LOAD, READ, STORE
 from kbpf.emulator.jit.emit import EXHAUSTED, Callbacks
+from kbpf.emulator.jit.layout import ASKED, RUNNING
 from kbpf.emulator.memory import CONTEXT, M32, M64
 from kbpf.emulator.semantics import DATA
 from kbpf.errors import EmulationFault
@@ -37,8 +38,13 @@ QUIET = frozenset(
 
 
 def _guarded(session: Session, pc: int, action: Callable[[NativeRun], int]) -> int:
+    native = session.native
     try:
-        return action(session.met()) & M64
+        result = action(session.met()) & M64
+        # Last: until then, native code would stop where an exception comes up outside of this.
+        if native.status == ASKED:
+            native.status = RUNNING
+        return result
     except RecursionError:
         session.fail(EmulationFault("callbacks are nested too deep", pc), pc)
     except BaseException as failure:

@@ -10,6 +10,7 @@ from kbpf.emulator.interpreter import CONTEXT_ADDRESS, TAIL_CALL_HELPER
 from kbpf.emulator.jit.access import READ, Lasting, Memory, check_status
 from kbpf.emulator.jit.arithmetic import arithmetic, condition
 from kbpf.emulator.jit.code import Body, variables
+from kbpf.emulator.jit.layout import ASKED
 from kbpf.emulator.jit.packets import ancillary, packet_load
 from kbpf.emulator.jit.pointers import CONTEXT, GUESS, HANDLE, Pointer, Registers, follow, stack_escapes
 from kbpf.emulator.maps.array import Array, PerCpuArray
@@ -107,6 +108,8 @@ class _Function:
         }
         self.escapes = stack_escapes(self.instructions, self.known, set(self.lookups))
         source.escapes |= self.escapes
+        #: Whether helpers are called, by whatever function.
+        self.helped = any(opcode == _CALL and not src for opcode, _, src, _, _ in self.instructions)
         #: Whether it uses what is left of the budget.
         self.fuelled = any(
             self.instructions[pc].opcode == _CALL or (jump_target(pc, self.instructions[pc]) or pc + 1) <= pc
@@ -158,7 +161,9 @@ class _Function:
                 body.begin(f"pc{pc}")
             falls = self._instruction(pc)
         body.lines += body.cold
-        body.emit("missing:\nret i64 0")
+        body.emit("missing:")
+        self._end(len(self.instructions))
+        body.emit("ret i64 0")
         body.emit("ended:")
         body.emit(f"ret i64 {body.value('load i64, ptr %result')}")
         body.emit("faulted:\nret i64 0")
@@ -207,7 +212,7 @@ class _Function:
         elif kind in (ebpf.ST, ebpf.STX):
             self.memory.store(pc, instruction, registers)
         elif opcode == _EXIT:
-            self._show_fuel()
+            self._end(pc)
             body.emit(f"ret i64 {body.get(0)}")
             return False
         elif opcode == _CALL:
@@ -227,8 +232,15 @@ class _Function:
 
     # Control.
 
+    def _end(self, pc: int) -> None:
+        """The function returns; where the program does, it must have given back what helpers have handed out."""
+        self._show_fuel()
+        if self.start == 0 and self.helped:
+            self.body.store_field("ended_at", str(pc))
+
     def _fault(self, pc: int, what: int) -> None:
         body = self.body
+        body.store_field("status", str(ASKED))
         body.emit(f"call void inttoptr (i64 {self.callbacks.fault} to ptr)(ptr %run, i64 {pc}, i64 {what})")
         body.emit("br label %faulted")
 
@@ -288,6 +300,7 @@ class _Function:
             body.store_field("depth", "%depth")
             self._show_fuel()
             arguments = ", ".join(f"i64 {body.get(number)}" for number in range(1, 6))
+            body.store_field("status", str(ASKED))
             call = f"call i64 inttoptr (i64 {self.callbacks.helper} to ptr)"
             got = body.value(f"{call}(ptr %run, i64 {pc}, i64 {instruction.imm}, {arguments})")
             check_status(body)
@@ -327,6 +340,7 @@ class _Function:
         body = self.body
         body.store_field("depth", "%depth")
         self._show_fuel()
+        body.store_field("status", str(ASKED))
         call = f"call i64 inttoptr (i64 {self.callbacks.tail_call} to ptr)"
         target = body.value(f"{call}(ptr %run, i64 {pc}, i64 {body.get(2)}, i64 {body.get(3)})")
         check_status(body)

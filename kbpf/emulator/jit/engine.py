@@ -14,6 +14,8 @@ declare i32 @llvm.bswap.i32(i32)
 declare i64 @llvm.bswap.i64(i64)
 !0 = !{!"branch_weights", i32 1000, i32 1}
 """
+#: How hard LLVM tries, of 0 to 3; at 0 it takes a quarter of the time.
+LEVEL = 2
 _lock = threading.Lock()
 
 
@@ -35,8 +37,8 @@ def _host() -> tuple[Any, str, str]:
 class Compiled:
     """Code in memory, for as long as this is held."""
 
-    def __init__(self, text: str, level: int = 2) -> None:
-        llvm = _llvm()
+    def __init__(self, text: str) -> None:
+        llvm, level = _llvm(), LEVEL
         # LLVM's context and its passes are not for several threads at once.
         with _lock:
             module = llvm.parse_assembly(PRELUDE + text)

@@ -19,15 +19,16 @@ class Entry(ctypes.Structure):
     )
 
 
-#: What a run's `status` says: it goes on; Python has something to raise; Python has its result already.
-RUNNING, RAISED, DECIDED = range(3)
+#: What a run's `status` says: it goes on; Python has something to raise; Python has its result already; Python is
+#: asked, and stays so where an exception comes up before Python can note it, as those of signal handlers do.
+RUNNING, RAISED, DECIDED, ASKED = range(4)
 
 
 class Native(ctypes.Structure):
     """One run.
 
-    `half` is half of its budget. Addresses are the host's; `network` and `mac` count from `buffer`, -1 where there is
-    none.
+    `half` is half of its budget, `ended_at` the instruction that ended it. Addresses are the host's; `network` and
+    `mac` count from `buffer`, -1 where there is none.
     """
 
     _fields_ = (
@@ -48,6 +49,7 @@ class Native(ctypes.Structure):
         ("cpu", ctypes.c_uint64),
         ("depth", ctypes.c_uint64),
         ("tail_calls", ctypes.c_uint64),
+        ("ended_at", ctypes.c_uint64),
     )
 
 

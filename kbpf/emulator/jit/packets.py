@@ -6,6 +6,7 @@ import sys
 
 from kbpf.emulator.jit.access import check_status
 from kbpf.emulator.jit.code import Body
+from kbpf.emulator.jit.layout import ASKED
 from kbpf.emulator.jit.pointers import size_of
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction
@@ -75,6 +76,7 @@ def _big_endian(body: Body, base: str, offset: str, size: int) -> None:
 
 def ancillary(body: Body, pc: int, instruction: Instruction, callback: int, ended: str) -> None:
     """A classic load of an ancillary word, which Python knows; -1 ends the program with A, by the block `ended`."""
+    body.store_field("status", str(ASKED))
     call = f"call i64 inttoptr (i64 {callback} to ptr)(ptr %run, i64 {pc}, i64 {instruction.imm & 0xFFFFFFFF}"
     got = body.value(f"{call}, i64 {body.get(0)}, i64 {body.get(7)})")
     check_status(body)

@@ -168,6 +168,8 @@ def stack_escapes(instructions: Sequence[Instruction], known: Mapping[int, Regis
                     return True
             elif any(map(points_to_stack, registers[1:6])):
                 return True
+        elif opcode == ebpf.JMP | ebpf.EXIT and points_to_stack(registers[0]):
+            return True
     return False
 
 

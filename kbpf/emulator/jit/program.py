@@ -41,8 +41,8 @@ class NativeProgram:
         self.main = compiled.address("f0")
         self._main = _FUNCTION(self.main)
         self._functions: dict[int, Callable[..., int]] = {}
-        #: Memory that stays where it is as long as the program: values of arrays.
-        self.regions = _lasting(linked)
+        #: Memory that stays where it is as long as the program, whose addresses are in its code: values of arrays.
+        self.regions, self._lasting = _lasting(linked), source.lasting
         self._free: list[Session] = []
 
     def slot_array(self) -> Any:
@@ -123,7 +123,7 @@ def source_of(linked: Linked) -> emit.Source:
         address, held = host_address(found.buffer)
         if held is not None:
             writable = found.writable and not isinstance(found.buffer, bytes)
-            lasting[found.number] = Lasting(address, len(found.buffer), found.readable, writable)
+            lasting[found.number] = Lasting(address, len(found.buffer), found.readable, writable, held)
     return emit.Source(linked.instructions, linked.constants, handles, lasting, bool(linked.ancillary))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, Code, Context, Run, Subject
 from kbpf.emulator.jit.buffers import host_address
-from kbpf.emulator.jit.layout import DECIDED, RAISED, RUNNING, TABLE_SIZE, Entry, Native
+from kbpf.emulator.jit.layout import ASKED, DECIDED, RAISED, RUNNING, TABLE_SIZE, Entry, Native
 from kbpf.emulator.memory import M32, PACKET, REGIONS, STACK, Buffer, Region
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import DATA, FUEL, RUN
@@ -85,13 +85,18 @@ class Session:
         self.result = 0
         #: What the runs over many packets have for a stack, where Python sees it.
         self.stack: bytearray | None = None
-        self._filled: list[int] = []
-        self._kept: list[object] = []
+        #: What keeps the bytes in their place that native code reaches: by entry of the table, of those that go with a
+        #: run; the packet, its whole buffer, and what an atomic operation is carried out on.
+        self._kept: dict[int, object] = {}
+        self._data: tuple[object, object] = (None, None)
+        self._buffer: tuple[object, object] = (None, None)
+        self._resolved: object = None
+        #: The programs that native code will return into.
+        self._entered: list[NativeProgram] = []
         # Values of arrays stay where they are as long as the program does.
         for region in program.regions:
             self._fill(region.number, region)
-        self._lasting = self._kept
-        self._filled, self._kept = [], []
+        self._lasting, self._kept = self._kept, {}
 
     # The table of regions.
 
@@ -108,8 +113,7 @@ class Session:
     def _put(self, number: int, base: int, readable: int, writable: int, held: object) -> None:
         entry = self._table[number % TABLE_SIZE]
         entry.number, entry.base, entry.readable, entry.writable = number, base, readable, writable
-        self._filled.append(number % TABLE_SIZE)
-        self._kept.append(held)
+        self._kept[number % TABLE_SIZE] = held
 
     def empty(self, number: int) -> None:
         """Have accesses to a region ask Python again."""
@@ -120,6 +124,7 @@ class Session:
         # Native code that guesses the region looks at the sizes only.
         entry = self._table[at]
         entry.number = entry.readable = entry.writable = 0
+        self._kept.pop(at, None)
 
     def meet(self, run: NativeRun, number: int) -> None:
         """Native code has not found a region that is there."""
@@ -140,7 +145,7 @@ class Session:
         base, held = host_address(buffer)
         if held is None:
             raise EmulationFault(f"invalid write of {size} bytes", address=address)
-        self._kept.append(held)
+        self._resolved = held
         return base + offset
 
     def show_stack(self, stack: Buffer) -> None:
@@ -163,6 +168,7 @@ class Session:
         """Make ready; what native code does then is this run's."""
         native = self.native
         self.program, self.code, self._slots = program, code, self._own_slots
+        self._entered.append(program)
         native.slots = ctypes.addressof(self._slots)
         native.fuel, native.half = subject.budget, subject.budget >> 1
         native.slots_valid = native.tail_calls = 0
@@ -202,20 +208,33 @@ class Session:
             )
             data = packet.data
         self.run = NativeRun(self, subject, self.code, packet, data, length, context)
+        if self.given[2] is None:
+            self._show_packet(self.run)
         return self.run
+
+    def _show_packet(self, run: NativeRun) -> None:
+        """Let Python see what native code has let the program reach of one of many packets."""
+        entry = self._table[PACKET]
+        if entry.number == PACKET:
+            seen = memoryview((ctypes.c_char * entry.readable).from_address(entry.base)).cast("B")
+            run.readable[PACKET] = seen
+            if entry.writable:
+                run.writable[PACKET] = seen
 
     def _point_at(self, data: Any, packet: Packet | None) -> None:
         native = self.native
-        native.data, held = host_address(data)
-        native.size = len(data)
-        self._kept.append(held)
+        if data is not self._data[0]:
+            native.data, held = _address(data)
+            native.size = len(data)
+            self._data = data, held
         if packet is None:
             native.buffer, native.buffer_size = native.data, native.size
             return
         native.length = packet.length
-        native.buffer, held = host_address(packet.buffer)
-        self._kept.append(held)
-        native.buffer_size = len(packet.buffer)
+        if packet.buffer is not self._buffer[0]:
+            native.buffer, held = _address(packet.buffer)
+            native.buffer_size = len(packet.buffer)
+            self._buffer = packet.buffer, held
         native.network = -1 if packet.network is None else packet.network
         native.mac = -1 if packet.mac is None else packet.mac
 
@@ -228,11 +247,15 @@ class Session:
 
     def fill_slots(self, run: NativeRun) -> None:
         """Read all of the context's fields that the program asks for at known places, if it may read them all."""
-        for (offset, size), slot in self.program.slots.items():
-            value = run.context.load(offset, size)
-            if value is None:
-                return
-            self._slots[slot] = value
+        try:
+            for (offset, size), slot in self.program.slots.items():
+                value = run.context.load(offset, size)
+                if value is None:
+                    return
+                self._slots[slot] = value
+        except EmulationFault:
+            # Of a field that is perhaps not reached.
+            return
         self.native.slots_valid = 1
 
     def call(self, run: NativeRun, function: int, arguments: tuple[int, ...]) -> int:
@@ -245,12 +268,12 @@ class Session:
         native.fuel -= len(self.code.steps)
         if native.fuel < 0:
             run.exhausted()
+        native.status = RUNNING
         result = self.program.call(function, self.address, (*arguments, 0, 0, 0, 0, 0)[:5], depth + 1)
         native.depth = depth
-        if self.pending is not None:
-            failure, self.pending = self.pending, None
-            native.status = RUNNING
-            raise failure
+        failed, native.status = native.status != RUNNING, ASKED
+        if failed:
+            self._raise()
         return result
 
     def tail_call(self, run: NativeRun, code: Code, native_of: NativeOf) -> int:
@@ -264,11 +287,12 @@ class Session:
         if native.fuel < 0:
             run.exhausted()
         self.code = run.code = code
-        program = native_of(code)
+        program = None if code.engine == "interpreter" else native_of(code)
         if program is None:
             self._interpret(run, code)
             return 0
         self.program = program
+        self._entered.append(program)
         self._slots = program.slot_array()
         native.slots = ctypes.addressof(self._slots)
         native.slots_valid = 0
@@ -289,14 +313,28 @@ class Session:
 
     def finish(self, result: int) -> int:
         """Native code has come back with R0: returns its low 32 bits, or raises what has come up."""
-        run = self.run
-        if self.pending is not None:
-            raise self.pending
-        if self.native.status == DECIDED:
-            result = self.result
-        if run is not None and run.code.frames and (run.lock or run.held):
-            raise EmulationFault("the program ends with a lock or a reserved record in its hands")
+        native, run = self.native, self.run
+        if native.status in (RAISED, ASKED):
+            self._raise()
+        if native.status == DECIDED:
+            return self.result & M32
+        if run is not None and run.code.frames:
+            try:
+                run.check_hands()
+            except EmulationFault as fault:
+                fault.pc = native.ended_at
+                raise
         return result & M32
+
+    def _raise(self) -> NoReturn:
+        """Raise what has come up, once."""
+        failure, self.pending = self.pending, None
+        try:
+            # What came up on the way to where Python notes it is a signal handler's, and only ctypes has seen it.
+            raise failure or KeyboardInterrupt
+        finally:
+            # The exception has this frame.
+            del failure
 
     def clear(self) -> None:
         """Ready for another run, whatever became of the last one."""
@@ -304,17 +342,29 @@ class Session:
         self.native.status = RUNNING
         self.native.network = self.native.mac = -1
         self._drop_run()
-        del self.program, self.code
+        self._data = self._buffer = None, None
+        self._entered.clear()
+        # Not there where something came up before the run began.
+        self.__dict__.pop("program", None)
+        self.__dict__.pop("code", None)
 
     def _drop_run(self) -> None:
         """Forget the interpreter's view, and what it let native code reach."""
         run, self.run = self.run, None
-        for at in self._filled:
+        for at in list(self._kept):
             self._clear(at)
-        self._filled.clear()
-        self._kept.clear()
+        self._resolved = None
         if run is not None:
             # The state holds the run: without the ring, all goes at once.
             run.state[RUN] = None
-            for held in run.held if run.code.frames else ():
+            run.readable.clear()
+            run.writable.clear()
+            # Code that touches nothing but registers has nothing, but may have been called by other code.
+            for held in getattr(run, "held", ()):
                 held.drop()
+
+
+def _address(buffer: Buffer) -> tuple[int, object]:
+    """Where a packet's bytes are; a copy where they may only be read, as such are not changed by anybody."""
+    address, held = host_address(buffer)
+    return (address, held) if held is not None else host_address(bytes(buffer))

@@ -12,6 +12,7 @@ import itertools
 import socket
 import sys
 from array import array
+from threading import Lock
 from typing import Any
 
 from kbpf.emulator.context import ACCESS, SkBuff
@@ -37,6 +38,10 @@ from kbpf.uapi.structs import STRUCTS
 #: A status that nothing raises: the frame is Python's.
 _PYTHONS = 9
 _CALL = ebpf.JMP | ebpf.CALL
+#: Arithmetic whose result is known to be in the context where it is.
+_FOLLOWED = tuple(
+    ebpf.ALU64 | op for op in (ebpf.MOV | ebpf.X, ebpf.MOV | ebpf.K, ebpf.ADD | ebpf.K, ebpf.SUB | ebpf.K)
+)
 _LITTLE = sys.byteorder == "little"
 
 #: Fields of the context that follow from the frame, each a value of `_each`.
@@ -90,7 +95,7 @@ def _values(program: Program, slots: dict[tuple[int, int], int]) -> dict[int, st
 
 
 def _is_plain(program: Program) -> bool:
-    """Whether the program leaves its context alone, and calls no helper that does not."""
+    """Whether the program only reads its context, at known places, and calls no helper that does more."""
     instructions = program.spec.instructions
     source = source_of(program.code.linked) if program.code.linked is not None else None
     if source is None or not source.supported():
@@ -101,8 +106,16 @@ def _is_plain(program: Program) -> bool:
             opcode, dst, src, _, imm = instructions[pc]
             if opcode == _CALL and not src and imm not in QUIET:
                 return False
-            held = registers[dst]
-            if opcode & 7 in (ebpf.ST, ebpf.STX) and held is not None and held.kind == CONTEXT:
+            in_context = {number for number, held in enumerate(registers) if held is not None and held.kind == CONTEXT}
+            if opcode == _CALL:
+                used = set(range(1, 6)) if src else set()
+            elif opcode & 7 in (ebpf.ST, ebpf.STX):
+                used = {dst, src, 0} if opcode & 7 == ebpf.STX else {dst}
+            elif opcode & 7 == ebpf.ALU64 and opcode not in _FOLLOWED:
+                used = {dst, src}
+            else:
+                used = set()
+            if used & in_context:
                 return False
     return True
 
@@ -223,14 +236,21 @@ class NativeTestRuns:
         scratch, self._held = host_address(self._scratch) if self._scratch is not None else (0, None)
         each = _each(program, source, values, scratch)
         self._native = NativeProgram(program.code, source, Compiled(text + each + loops("values")))
-        self._loops = Loops(self._native.compiled)
+        self._loops = Loops(self._native.compiled, source.asks)
+        self._busy = Lock()
 
     def run(self, program: Program, packets: list[bytes]) -> array[int]:
         """The values of the first packets, up to the first that Python must run."""
-        out = array("I", bytes(4 * len(packets)))
-        with self._native.batch(self._code, program, ETH_HLEN, 0) as session:
-            done = self._loops.over_list(session, packets, numbers(None, len(packets)), out)
-        return out[:done]
+        if not self._busy.acquire(blocking=False):
+            # What Python does for a run, or another thread meanwhile, runs the program, too.
+            return array("I")
+        try:
+            out = array("I", bytes(4 * len(packets)))
+            with self._native.batch(self._code, program, ETH_HLEN, 0) as session:
+                done = self._loops.over_list(session, packets, numbers(None, len(packets)), out)
+            return out[:done]
+        finally:
+            self._busy.release()
 
 
 def native_test_runs(program: Program) -> NativeTestRuns | None:
