@@ -13,6 +13,7 @@ from kbpf.emulator.datapath import backlog
 from kbpf.emulator.environment import environment
 from kbpf.emulator.headers import ACK, FIN, PSH, RST, SYN, IpHeader, TcpHeader, TcpOptions
 from kbpf.emulator.inetsocket import IpOptions, bare
+from kbpf.emulator.maps.local_storage import inherit_values
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.ports import Binding
 from kbpf.emulator.segment import M32, Segment, after, filtered
@@ -342,6 +343,7 @@ class Connection:
         if listener.full or endpoint is None:
             return False
         self.slot = listener.slot.copy()
+        inherit_values(self.sock, listener.sock)
         self.snd_wnd = header.window << self._scale_out
         self.sock.listener = self.listener = None
         listener.requests.remove(self)

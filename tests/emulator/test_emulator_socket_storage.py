@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
+from hosts import Host, outcome, same_on_both
 from mapcode import Code, attempt, call, copy, described_value, made, mov, put, stack, the_map, unless_null
 from sides import Side
 from socks import Scene, here, keep_result, looker, looks_up, tuple_of
@@ -108,3 +110,37 @@ def test_only_such_maps_have_values_of_sockets(emulator: Side, scene: Scene, wil
     body = [*the_map(1, wild), *copy(2, 8), *mov(3, 0), *mov(4, 1), *call("sk_storage_get")]
     with looker(emulator, looks_up("sk_lookup_udp", 12, body), here) as look, pytest.raises(EmulationFault):
         look(tuple_of("127.0.0.1", 9, "127.0.0.1", 1))
+
+
+@pytest.mark.parametrize("flags", [0, uapi.BPF_F_CLONE])
+def test_connections_begin_with_the_values_of_their_listener(netns: NetworkNamespace, flags: int) -> None:
+    def scenario(host: Host) -> Any:
+        backend = host.backend
+        storage = backend.map_create(replace(STORAGE, flags=STORAGE.flags | flags))
+
+        def value(target: Any) -> Any:
+            return outcome(backend.map_lookup, storage, struct.pack("=i", target.fileno()), 8)
+
+        def give(target: Any, data: bytes) -> None:
+            backend.map_update(storage, struct.pack("=i", target.fileno()), data)
+
+        listener = host.open(type=socket.SOCK_STREAM)
+        listener.bind(("127.0.0.1", 7000))
+        listener.listen()
+        children = []
+        found: list[Any] = []
+        for data in (None, b"12345678", b"abcdefgh"):
+            if data is not None:
+                give(listener, data)
+            client = host.open(type=socket.SOCK_STREAM)
+            client.connect(("127.0.0.1", 7000))
+            # It is the connection's own from the handshake on, not from accept(2) on.
+            give(listener, b"too late")
+            children.append(host.keep(listener.accept()[0]))
+            found += [value(client), value(children[-1])]
+        give(children[0], b"my value")
+        found += map(value, (*children, listener))
+        backend.close(storage)
+        return found
+
+    same_on_both(netns, scenario)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Hashable
+from weakref import WeakSet
 
 from kbpf.emulator.maps.base import Map, refused
 from kbpf.emulator.maps.owners import described, file_behind, group_behind
 from kbpf.emulator.maps.special import described_value
 from kbpf.emulator.memory import Region
 from kbpf.emulator.process_sock import sock_of
+from kbpf.emulator.sock import Sock
 from kbpf.uapi import constants as uapi
 
 #: What fits 16 bits together with the kernel's own part of an element.
@@ -91,13 +93,31 @@ class LocalStorage(Map):
 class SocketStorage(LocalStorage):
     """Linux 5.2. A socket is known by its cookie.
 
-    BPF_F_CLONE is taken, but a connection does not inherit its listener's value: a process is not told whose it is.
+    With BPF_F_CLONE (Linux 5.4) a connection begins with its listener's value, but for one of the process's own: a
+    process is not told whose connection it has accepted.
     """
 
     type = "sk_storage"
 
+    def allocate(self) -> None:
+        super().allocate()
+        if self.flags & uapi.BPF_F_CLONE:
+            _cloned.add(self)
+
     def owner(self, descriptor: int) -> Hashable:
         return sock_of(descriptor).cookie
+
+
+#: The maps whose values connections inherit.
+_cloned: WeakSet[SocketStorage] = WeakSet()
+
+
+def inherit_values(child: Sock, listener: Sock) -> None:
+    """A listener has made a connection (`bpf_sk_storage_clone`)."""
+    for storage in list(_cloned):
+        value = storage.value_of(listener.cookie)
+        if value is not None:
+            storage.put(child.cookie, bytes(value.buffer))
 
 
 class InodeStorage(LocalStorage):
