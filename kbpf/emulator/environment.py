@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kbpf.emulator.routes import Device, Route
+from kbpf.emulator.routes import Route
 from kbpf.emulator.socket_table import SocketTable
 from kbpf.emulator.syncookies import SynCookies
 from kbpf.emulator.xfrm import XfrmState
@@ -90,8 +90,7 @@ class Environment:
     kernel_btf: bytes | None = None
     #: Per-CPU variables of the kernel by name: for each processor the bytes.
     kernel_variables: dict[str, Sequence[bytes | bytearray]] = field(default_factory=dict)
-    #: Network devices by index, routes, and link addresses of neighbours by IP address.
-    interfaces: dict[int, Device] = field(default_factory=lambda: {1: Device(mtu=65536)})
+    #: Routes beside those of the emulated interfaces' addresses, and link addresses of neighbours by IP address.
     routes: list[Route] = field(default_factory=list)
     neighbours: dict[str, bytes] = field(default_factory=dict)
     #: Sockets that packets and programs find.

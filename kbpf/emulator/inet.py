@@ -15,7 +15,7 @@ import errno
 import ipaddress
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from weakref import WeakMethod
 
@@ -25,7 +25,7 @@ from kbpf.emulator.headers import IpHeader
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.ports import Ports
-from kbpf.emulator.routes import find
+from kbpf.emulator.routes import RT_TABLE_LOCAL, Route, find
 from kbpf.emulator.slot import error
 from kbpf.emulator.sock import Sock
 
@@ -94,6 +94,21 @@ class Inet:
     def forget(self, device: EmulatedInterface) -> None:
         """An interface has gone, and its addresses with it."""
         self._addresses.pop(device, None)
+
+    def routes(self) -> Iterator[Route]:
+        """Those of the environment, and those that addresses bring (`fib_add_ifaddr`, `addrconf_prefix_route`)."""
+        yield from environment.routes
+        for device, addresses in self._addresses.items():
+            for own in addresses:
+                net, metric, source = str(own.network), 256 if own.version == 6 else 0, str(own.ip)
+                yield Route(to=source, device=device.index, kind="local", table=RT_TABLE_LOCAL)
+                if own.is_loopback:
+                    yield Route(to=net, device=device.index, kind="local", table=RT_TABLE_LOCAL)
+                else:
+                    yield Route(to=net, device=device.index, metric=metric, source=source)
+                if own.version == 4 and own.network.prefixlen < 31:
+                    broadcast = str(own.network.broadcast_address)
+                    yield Route(to=broadcast, device=device.index, kind="broadcast", table=RT_TABLE_LOCAL)
 
     def is_local(self, address: bytes) -> bool:
         """Whether it is one of this host's own."""

@@ -59,6 +59,9 @@ class EmulatedInterface:
     tcx: dict[str, Chain] = field(default_factory=dict, repr=False)
     #: Who wants to know what leaves.
     captures: list[list[SentFrame]] = field(default_factory=list, repr=False)
+    #: ``net.ipv4.conf.NAME.forwarding`` and IPv6's, which programs ask; the emulated network itself forwards nothing.
+    forwards: bool = False
+    forwards6: bool = False
 
     @property
     def loopback(self) -> bool:

@@ -51,7 +51,7 @@ def _given(neighbour: bytes) -> Address | None:
 
 def _routed(destination: bytes, target: EmulatedInterface) -> Address | None:
     to = ipaddress.ip_address(destination)
-    route = find(environment.routes, to, None, target.index)
+    route = find(target.network.inet.routes() if target.network else (), to, None, target.index)
     if route is None:
         # The device is given, and Linux takes it that whoever is meant can be reached by it.
         return to

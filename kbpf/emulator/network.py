@@ -77,17 +77,22 @@ class Network:
         address: bytes | None = None,
         hatype: int = ethernet.ARPHRD_ETHER,
         mtu: int = ETHERNET_MTU,
+        index: int | None = None,
     ) -> EmulatedInterface:
         """Make an interface, up and running; `address` is by default a local one made from its index.
 
-        Raises `OSError` EEXIST for a name that is taken, EINVAL for one that Linux would not take.
+        `index` is by default one that is free. Raises `OSError` EEXIST for a name that is taken, EINVAL for one that
+        Linux would not take, EBUSY for an index that is taken.
         """
         with self.lock:
             if name in self._interfaces:
                 raise error(errno.EEXIST)
             if not 1 <= len(name.encode()) <= _NAME_SIZE or "/" in name or name in (".", "..") or " " in name:
                 raise error(errno.EINVAL)
-            index = next(self._indices)
+            if index is None:
+                index = next(free for free in self._indices if self.by_index(free) is None)
+            elif self.by_index(index) is not None:
+                raise error(errno.EBUSY)
             given = b"\x02\0" + index.to_bytes(4, "big") if address is None else address
             interface = EmulatedInterface(name, index, given, hatype, mtu, self)
             self._interfaces[name] = interface
@@ -320,10 +325,15 @@ def inject(
 
 
 def add_interface(
-    name: str, *, address: bytes | None = None, hatype: int = ethernet.ARPHRD_ETHER, mtu: int = ETHERNET_MTU
+    name: str,
+    *,
+    address: bytes | None = None,
+    hatype: int = ethernet.ARPHRD_ETHER,
+    mtu: int = ETHERNET_MTU,
+    index: int | None = None,
 ) -> EmulatedInterface:
     """`Network.add_interface` on the current network."""
-    return current().add_interface(name, address=address, hatype=hatype, mtu=mtu)
+    return current().add_interface(name, address=address, hatype=hatype, mtu=mtu, index=index)
 
 
 def add_pair(first: str, second: str) -> tuple[EmulatedInterface, EmulatedInterface]:

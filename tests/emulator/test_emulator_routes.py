@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from sides import FRAME, Side
 
+from kbpf.emulator import network
 from kbpf.emulator.environment import environment
-from kbpf.emulator.routes import Device, Route
+from kbpf.emulator.routes import Route
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
@@ -53,25 +54,24 @@ def namespace() -> Iterator[NetworkNamespace]:
 
 @pytest.fixture(autouse=True)
 def emulated_network() -> Iterator[None]:
-    before = environment.interfaces, environment.routes, environment.neighbours
-    environment.interfaces = {
-        1: Device(mtu=65536),
-        INDEX: Device(mtu=1400, address=MAC, forwards=True, forwards6=True),
-    }
+    before = environment.routes, environment.neighbours
+    network.reset()
+    device = network.add_interface("fib0", index=INDEX, mtu=1400, address=MAC)
+    device.forwards = device.forwards6 = True
+    for address in ("192.0.2.1/24", "2001:db8::1/64"):
+        network.add_address("fib0", address)
     environment.routes = [
-        Route(to="192.0.2.0/24", device=INDEX, source="192.0.2.1"),
         Route(to="198.51.100.0/24", device=INDEX, via="192.0.2.9", metric=5, source="192.0.2.1"),
         Route(to="198.51.100.128/25", device=INDEX, via="192.0.2.10", source="192.0.2.1"),
         Route(to="203.0.113.0/26", kind="blackhole"),
         Route(to="203.0.113.64/26", kind="unreachable"),
         Route(to="203.0.113.128/26", kind="prohibit"),
-        Route(to="192.0.2.1/32", kind="local", table=255),
-        Route(to="2001:db8::/64", device=INDEX, metric=256, source="2001:db8::1"),
         Route(to="2001:db8:1::/48", device=INDEX, via="2001:db8::9", metric=5, source="2001:db8::1"),
     ]
     environment.neighbours = {"192.0.2.9": NEIGHBOUR, "2001:db8::9": NEIGHBOUR}
     yield
-    environment.interfaces, environment.routes, environment.neighbours = before
+    environment.routes, environment.neighbours = before
+    network.reset()
 
 
 def ask(side: Side, type: str, name: str, question: bytes, *numbers: tuple[int, int]) -> Any:
@@ -110,8 +110,9 @@ def question(to: str, index: int = INDEX, length: int = 0, family: int = 0) -> b
 @pytest.mark.parametrize(
     "to",
     [
-        "192.0.2.9", "192.0.2.55", "192.0.2.1", "198.51.100.3", "198.51.100.200", "203.0.113.1", "203.0.113.65",
-        "203.0.113.129", "8.8.8.8", "2001:db8::9", "2001:db8::55", "2001:db8:1::5", "2001:db8:ffff::1", "fe80::1",
+        "192.0.2.9", "192.0.2.55", "192.0.2.1", "192.0.2.255", "127.0.0.1", "127.9.9.9", "255.255.255.255",
+        "198.51.100.3", "198.51.100.200", "203.0.113.1", "203.0.113.65", "203.0.113.129", "8.8.8.8",
+        "2001:db8::9", "2001:db8::55", "2001:db8::1", "::1", "2001:db8:1::5", "2001:db8:ffff::1", "fe80::1",
     ],
 )  # fmt: skip
 def test_routes(kernel: Side, emulator: Side, namespace: NetworkNamespace, type: str, to: str) -> None:

@@ -1,6 +1,6 @@
 """Helpers that ask where a packet would go: bpf_fib_lookup (Linux 4.18) and bpf_check_mtu (5.12).
 
-The answers come from the environment's routes, neighbours and devices.
+The answers come from the emulated network's devices and routes, and from the environment's neighbours.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ import errno
 import ipaddress
 import socket
 import sys
+from typing import TYPE_CHECKING
 
+from kbpf.emulator import network
 from kbpf.emulator.environment import environment
 from kbpf.emulator.helpers.packet import check_context
+from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.memory import M32, M64
-from kbpf.emulator.routes import Device, Route, find
+from kbpf.emulator.routes import RT_TABLE_MAIN, Route, find
 from kbpf.emulator.xdp import XdpBuff
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.structs import STRUCTS
+
+if TYPE_CHECKING:
+    from kbpf.emulator.network import Network
 
 _LAYOUT = STRUCTS["bpf_fib_lookup"]
 _FLAGS = (
@@ -28,7 +34,6 @@ _FLAGS = (
     | uapi.BPF_FIB_LOOKUP_SRC
     | uapi.BPF_FIB_LOOKUP_MARK
 )
-_MAIN_TABLE = 254
 _RESULTS = {
     "blackhole": uapi.BPF_FIB_LKUP_RET_BLACKHOLE,
     "unreachable": uapi.BPF_FIB_LKUP_RET_UNREACHABLE,
@@ -74,9 +79,11 @@ def fib_lookup(run: Run, context: int, address: int, size: int, flags: int, _: i
         return -errno.EAFNOSUPPORT
     given_length = question.get("tot_len")
     check_mtu = isinstance(run.context, XdpBuff) or given_length != 0
-    result = _look_up(question, flags, check_mtu)
+    on = _network(run)
+    result = _look_up(on, question, flags, check_mtu)
     if not result and not check_mtu:
-        device = environment.interfaces[question.get("ifindex")]
+        device = on.by_index(question.get("ifindex"))
+        assert device is not None
         if not _forwardable(run, device):
             result = uapi.BPF_FIB_LKUP_RET_FRAG_NEEDED
         question.put("mtu_result", device.mtu & 0xFFFF)
@@ -84,42 +91,51 @@ def fib_lookup(run: Run, context: int, address: int, size: int, flags: int, _: i
     return result
 
 
-def _forwardable(run: Run, device: Device) -> bool:
+def _network(run: Run) -> Network:
+    """The one that the packet is on; test runs are on the current one."""
+    device = run.packet.device
+    return device.network if device is not None and device.network is not None else network.current()
+
+
+def _forwardable(run: Run, device: EmulatedInterface) -> bool:
     """With room for a VLAN tag (`is_skb_forwardable`)."""
     return bool(run.packet.gso_size) or run.packet.length <= device.mtu + device.header + 4
 
 
-def _look_up(question: _Question, flags: int, check_mtu: bool) -> int:
+def _look_up(on: Network, question: _Question, flags: int, check_mtu: bool) -> int:
     version = question.version
     destination = ipaddress.ip_address(question.raw(f"{version}_dst"))
     source = ipaddress.ip_address(question.raw(f"{version}_src"))
     if version == "ipv6" and any(a.is_link_local or a.is_multicast or a.is_loopback for a in (destination, source)):
         return uapi.BPF_FIB_LKUP_RET_NOT_FWDED
     index = question.get("ifindex")
-    device = environment.interfaces.get(index)
+    device = on.by_index(index)
     if device is None:
         return -errno.ENODEV
     if not (device.forwards if version == "ipv4" else device.forwards6):
         return uapi.BPF_FIB_LKUP_RET_FWD_DISABLED
     table = None
     if flags & uapi.BPF_FIB_LOOKUP_DIRECT:
-        table = _MAIN_TABLE
+        table = RT_TABLE_MAIN
         if flags & uapi.BPF_FIB_LOOKUP_TBID:
             table = question.get("tbid")
             question.put("tbid", 0)
     output = index if flags & uapi.BPF_FIB_LOOKUP_OUTPUT else None
-    route = find(environment.routes, destination, table, output)
+    route = find(on.inet.routes(), destination, table, output)
     if route is None or route.kind != "unicast":
         return (
             uapi.BPF_FIB_LKUP_RET_NOT_FWDED
             if route is None
             else _RESULTS.get(route.kind, uapi.BPF_FIB_LKUP_RET_NOT_FWDED)
         )
-    return _answer(question, route, flags, check_mtu)
+    leaves = on.by_index(route.device)
+    if leaves is None:
+        return uapi.BPF_FIB_LKUP_RET_NOT_FWDED
+    return _answer(question, route, leaves, flags, check_mtu)
 
 
-def _answer(question: _Question, route: Route, flags: int, check_mtu: bool) -> int:
-    version, device = question.version, environment.interfaces[route.device]
+def _answer(question: _Question, route: Route, device: EmulatedInterface, flags: int, check_mtu: bool) -> int:
+    version = question.version
     mtu = route.mtu or device.mtu
     if check_mtu and question.get("tot_len") > mtu:
         question.put("mtu_result", mtu & 0xFFFF)
@@ -156,7 +172,7 @@ def check_mtu(run: Run, context: int, index: int, address: int, difference: int,
     given = run.load(address, 4)
     frame = run.context if isinstance(run.context, XdpBuff) else None
     known = 0 if frame else uapi.BPF_MTU_CHK_SEGS
-    device = environment.interfaces.get(index or (frame.ingress_ifindex if frame else run.packet.ifindex or 0))
+    device = _network(run).by_index(index or (frame.ingress_ifindex if frame else run.packet.ifindex or 0))
     if flags & ~known & M64 or (flags and (difference or given)):
         result = -errno.EINVAL
     elif device is None:

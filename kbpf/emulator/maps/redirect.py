@@ -1,8 +1,7 @@
 """Where bpf_redirect_map sends packets: devices, processors, AF_XDP sockets (kernel/bpf/devmap.c, cpumap.c, net/xdp).
 
-Devices are those of the emulated network, and of `environment.interfaces`.
-A device or processor may have an XDP program that runs there first:
-user space writes its descriptor and reads its id.
+Devices are those of the emulated network. A device or processor may have an XDP program that runs there first: user
+space writes its descriptor and reads its id.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from kbpf.emulator import network
-from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import Map, refused
 from kbpf.emulator.maps.descriptors import number
 from kbpf.emulator.memory import Region
@@ -132,8 +130,7 @@ class DevMap(RedirectMap):
     def allocate(self) -> None:
         super().allocate()
         self.flags |= uapi.BPF_F_RDONLY_PROG
-        #: None for one that is only in `environment.interfaces`: nothing is sent there.
-        self._devices: dict[int, EmulatedInterface | None] = {}
+        self._devices: dict[int, EmulatedInterface] = {}
 
     def put(self, index: int, target: int, program: int) -> None:
         if target:
@@ -145,7 +142,7 @@ class DevMap(RedirectMap):
 
     def put_device(self, index: int, target: int, program: int) -> None:
         device = network.current().by_index(target)
-        if device is None and target not in environment.interfaces:
+        if device is None:
             raise refused(errno.EINVAL)
         self.keep(index, target, program)
         self._devices[index] = device
