@@ -200,7 +200,9 @@ class Memory:
                 inside = body.value(f"and i1 {inside}, {body.value(f'icmp ult i64 {last}, {limit}')}")
             bad, good = body.unlikely(inside)
             body.place(good)
-            arrive(use(body.value(f"getelementptr i8, ptr {base}, i64 {offset}")), good)
+            # From where the region's address 0 would be, so that nothing but the address is waited for.
+            zero = body.value(f"getelementptr i8, ptr {base}, i64 {-(region << 32)}")
+            arrive(use(body.value(f"getelementptr i8, ptr {zero}, i64 {address}")), good)
             with body.aside(bad):
                 look_up()
         body.place(joined)

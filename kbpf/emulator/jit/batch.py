@@ -11,6 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 from kbpf.emulator.interpreter import Code, Subject
@@ -116,7 +117,14 @@ _STORE: dict[Results, str] = {
 }
 
 
-def _loop(name: str, parameters: str, fetch: str, results: Results) -> str:
+_STATUS = """
+  %status = load i64, ptr %statusp
+  %fine = icmp eq i64 %status, 0
+  br i1 %fine, label %done, label %stop, !prof !0
+"""
+
+
+def _loop(name: str, parameters: str, fetch: str, results: Results, asks: bool) -> str:
     """A loop over `count` packets that writes a result of each; returns how many it did before something came up.
 
     `fetch` finds ``%data`` and ``%size`` of packet ``%i``, or goes to ``%stop``.
@@ -145,9 +153,7 @@ wire:
 run1:
   %wirelen = phi i64 [ %size, %fetched ], [ %wire1, %wire ]
   %kept = call i64 @each(ptr %run, ptr %data, i64 %size, i64 %wirelen)
-  %status = load i64, ptr %statusp
-  %fine = icmp eq i64 %status, 0
-  br i1 %fine, label %done, label %stop, !prof !0
+{_STATUS if asks else "  br label %done"}
 done:
 {_STORE[results]}
   %following = add nuw i64 %i, 1
@@ -164,7 +170,7 @@ def _api(name: str) -> str:
     return f"inttoptr (i64 {address} to ptr)"
 
 
-def _over_list(results: Results) -> str:
+def _over_list(results: Results, asks: bool) -> str:
     return _loop(
         "over_list",
         "ptr %list, ptr %where",
@@ -185,6 +191,7 @@ got:
   br label %fetched
 """,
         results,
+        asks,
     )
 
 
@@ -207,12 +214,6 @@ _SPANS_FETCH = f"""
 """
 
 
-def loops(results: Results) -> str:
-    """``@over_list`` and ``@over_spans``, around ``@each``."""
-    spans = _loop("over_spans", _SPANS_PARAMETERS, _SPANS_FETCH, results)
-    return _DECLARATIONS + _over_list(results) + spans
-
-
 _EACH_TYPE = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64)
 _COMMON = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
 _OVER_LIST_TYPE = ctypes.PYFUNCTYPE(*_COMMON, ctypes.py_object, ctypes.c_void_p)
@@ -220,12 +221,27 @@ _OVER_SPANS_TYPE = ctypes.CFUNCTYPE(*_COMMON, ctypes.c_void_p, ctypes.c_uint64, 
 
 
 class Loops:
-    """The two loops of a compiled module, whose packets are those of a session."""
+    """Loops around ``@each`` of some text, over the packets of a session; each is compiled when it is first asked for.
 
-    def __init__(self, compiled: Compiled, asks: bool) -> None:
+    `asks` says that something may come up for Python in a run.
+    """
+
+    def __init__(self, text: str, results: Results, asks: bool) -> None:
+        # Nothing else calls the functions: LLVM need not keep them apart from the loop.
+        self._text = text.replace("define i64", "define internal i64")
+        self._results: Results = results
         self._asks = asks
-        self._list = _OVER_LIST_TYPE(compiled.address("over_list"))
-        self._spans = _OVER_SPANS_TYPE(compiled.address("over_spans"))
+
+    @cached_property
+    def _list(self) -> tuple[Any, Compiled]:
+        compiled = Compiled(_DECLARATIONS + self._text + _over_list(self._results, self._asks))
+        return _OVER_LIST_TYPE(compiled.address("over_list")), compiled
+
+    @cached_property
+    def _spans(self) -> tuple[Any, Compiled]:
+        loop = _loop("over_spans", _SPANS_PARAMETERS, _SPANS_FETCH, self._results, self._asks)
+        compiled = Compiled(_DECLARATIONS + self._text + loop)
+        return _OVER_SPANS_TYPE(compiled.address("over_spans")), compiled
 
     def over_list(self, session: Session, packets: list[bytes], wirelens: array[int], out: Any) -> int:
         """Run over bytes objects; returns how many were done. Raises `TypeError` for what is none, `EmulationFault`."""
@@ -234,7 +250,7 @@ class Loops:
             # What Python does meanwhile, and other threads, may change the list.
             packets = list(packets)
         with _fixed(wirelens) as lengths, _fixed(out) as results:
-            done: int = self._list(session.address, len(packets), lengths, results, packets, ctypes.addressof(where))
+            done: int = self._list[0](session.address, len(packets), lengths, results, packets, ctypes.addressof(where))
         session.finish(0)
         return done
 
@@ -246,7 +262,7 @@ class Loops:
             read_address(buffer) as base, _fixed(offsets) as starts, _fixed(sizes) as ends,
             _fixed(wirelens) as lengths, _fixed(out) as results,
         ):  # fmt: skip
-            done: int = self._spans(session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
+            done: int = self._spans[0](session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
         session.finish(0)
         return done
 
@@ -262,14 +278,14 @@ class NativeBatch:
         assert code.linked is not None
         self._code, self._subject, self._network, self._mac = code, subject, network, mac
         source = source_of(code.linked)
-        text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks) + loops("matches")
-        self._program = NativeProgram(code, source, Compiled(text))
+        text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks)
+        self._program = NativeProgram(code, source, Compiled(_DECLARATIONS + text))
         self.address = self._program.compiled.address("each")
         self._each = _EACH_TYPE(self.address)
         self._asks = source.asks
         #: Sessions for single packets.
         self._ready: list[Session] = []
-        self._loops = Loops(self._program.compiled, source.asks)
+        self._loops = Loops(text, "matches", source.asks)
 
     def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytearray:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""

@@ -19,7 +19,7 @@ from kbpf.emulator.context import ACCESS, SkBuff
 from kbpf.emulator.ethernet import ETH_P_802_2, ETH_P_802_3
 from kbpf.emulator.interpreter import PACKET_ADDRESS
 from kbpf.emulator.jit import emit
-from kbpf.emulator.jit.batch import Loops, loops, numbers
+from kbpf.emulator.jit.batch import Loops, numbers
 from kbpf.emulator.jit.buffers import host_address
 from kbpf.emulator.jit.callbacks import CALLBACKS, QUIET
 from kbpf.emulator.jit.engine import Compiled
@@ -235,8 +235,8 @@ class NativeTestRuns:
         self._scratch = bytearray(FRAME) if writes else None
         scratch, self._held = host_address(self._scratch) if self._scratch is not None else (0, None)
         each = _each(program, source, values, scratch)
-        self._native = NativeProgram(program.code, source, Compiled(text + each + loops("values")))
-        self._loops = Loops(self._native.compiled, source.asks)
+        self._native = NativeProgram(program.code, source, Compiled(text))
+        self._loops = Loops(text + each, "values", asks=True)
         self._busy = Lock()
 
     def run(self, program: Program, packets: list[bytes]) -> array[int]:
