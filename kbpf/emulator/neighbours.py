@@ -18,6 +18,7 @@ from kbpf.emulator.routes import Address, find
 
 #: Where the destination lies in an IP header, and how long it is, by EtherType.
 _DESTINATIONS = {ETH_P_IP: slice(16, 20), ETH_P_IPV6: slice(24, 40)}
+_REFUSING = ("blackhole", "unreachable", "prohibit")
 _SHORTEST = {ETH_P_IP: 20, ETH_P_IPV6: 40}
 
 
@@ -31,7 +32,10 @@ def address_packet(packet: Packet, target: EmulatedInterface, neighbour: bytes) 
     if packet.protocol not in _DESTINATIONS or len(header) < _SHORTEST[packet.protocol]:
         return False
     hop = _given(neighbour) if neighbour else _routed(header[_DESTINATIONS[packet.protocol]], target)
-    link = environment.neighbours.get(str(hop)) if hop is not None else None
+    if hop is None or (hop.version == 4 and packet.protocol == ETH_P_IPV6):
+        target.counters.tx_dropped += 1
+        return False
+    link = environment.neighbours.get(str(hop))
     if link is None or not target.header:
         return False
     packet.pull(start - packet.offset)
@@ -52,9 +56,9 @@ def _given(neighbour: bytes) -> Address | None:
 def _routed(destination: bytes, target: EmulatedInterface) -> Address | None:
     to = ipaddress.ip_address(destination)
     route = find(target.network.inet.routes() if target.network else (), to, None, target.index)
-    if route is None:
+    if to.version == 4 and (route is None or route.kind in _REFUSING):
         # The device is given, and Linux takes it that whoever is meant can be reached by it.
         return to
-    if route.device != target.index or route.kind != "unicast":
+    if route is None or route.kind != "unicast":
         return None
     return ipaddress.ip_address(route.via) if route.via is not None else to
