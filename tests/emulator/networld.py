@@ -45,6 +45,13 @@ MOST_HOPS = 12
 I = Instruction  # noqa: E741
 
 
+#: From 192.0.2.1, port 53, to 192.0.2.2, port 13568; without a checksum and data.
+IPV4 = bytes.fromhex("4500001c0000000040110000c0000201c000020200350035000800 00")
+FRAME = MACS["v1"] + MACS["v0"] + b"\x08\0" + IPV4
+INGRESS = 1
+PASS, TX = 2, 3
+
+
 class Seen(NamedTuple):
     """One line of the log: who wrote it, the fields of `SEEN` or of ``xdp_md``, and the packet's bytes up to 16."""
 
@@ -298,3 +305,74 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
     finally:
         reset()
         os.sched_setaffinity(0, allowed)
+
+
+def returns(value: int) -> Code:
+    return [*mov(0, value), EXIT]
+
+
+def redirect(device: str, flags: int = 0) -> Code:
+    return [*mov(1, INDEX.get(device, 99)), *mov(2, flags), *call("redirect"), EXIT]
+
+
+def clone(device: str, flags: int = 0) -> Code:
+    return [*copy(1, 9), *mov(2, INDEX[device]), *mov(3, flags), *call("clone_redirect")]
+
+
+def put_field(name: str, value: int, element: int = 0) -> Code:
+    return [*mov(1, value), I(ebpf.STX | ebpf.MEM | ebpf.W, 9, 1, SKB[name].offset + 4 * element)]
+
+
+#: Everything that travels with a packet from hook to hook.
+METADATA = [
+    *put_field("mark", 5),
+    *put_field("priority", 6),
+    *put_field("cb", 0x11, 0),
+    *put_field("cb", 0x44, 4),
+    *put_field("tc_index", 8),
+    *put_field("tc_classid", 9),
+]
+
+
+def watch(machine: Machine, *devices: str) -> None:
+    """Programs at all places of devices, by default of all, that note down what they see and change nothing."""
+    places = [(device, place) for device in devices or DEVICES for place in ("tcx_egress", "tcx_ingress")]
+    for who, (device, place) in enumerate(places, 100):
+        machine.hook(device, place, returns(-1), who)
+
+
+def without_gro(line: Seen) -> Seen:
+    """Without what the receive offload that comes with XDP in veth's driver leaves in ``skb->cb``."""
+    fields = zip(SEEN, line.fields, strict=True)
+    return line._replace(
+        fields=tuple(0 if name in ("cb", "tc_classid", "tc_index") else value for name, value in fields)
+    )
+
+
+def compare(
+    both: tuple[Machine, Machine],
+    setup: Callable[[Machine], Any],
+    device: str = "v0",
+    frame: bytes = FRAME,
+    native: bool = False,
+    listen: tuple[str, ...] = (),
+    **how: int,
+) -> Outcome:
+    """Do the same on both sides, and find that the same came of it; `native` says that XDP is in a driver."""
+    outcomes = []
+    for machine in both:
+        machine.begin()
+        machine.listen(*listen)
+        setup(machine)
+        machine.send(device, frame, **how)
+        outcomes.append(machine.outcome())
+        machine.stack.close()
+    kernel, emulated = outcomes
+    if native:
+        for outcome in outcomes:
+            outcome.seen[:] = [without_gro(line) for line in outcome.seen]
+    assert emulated.seen == kernel.seen
+    assert emulated.received == kernel.received
+    assert emulated.counters == kernel.counters
+    assert emulated.refused == kernel.refused
+    return kernel

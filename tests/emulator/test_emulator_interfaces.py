@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from mapcode import EXIT, Code, call, copy, mov, the_map
-from networld import DEVICES, INDEX, MACS, SEEN, SKB, I, Machine, Outcome, Seen, machines, unless_looping
+from networld import (
+    FRAME,
+    INDEX,
+    INGRESS,
+    METADATA,
+    PASS,
+    TX,
+    I,
+    Machine,
+    clone,
+    compare,
+    machines,
+    redirect,
+    returns,
+    unless_looping,
+    watch,
+)
 
 import kbpf
 from kbpf import emulator
-from kbpf.emulator.environment import environment
 from kbpf.emulator.packetsocket import EmulatedPacketSocket
-from kbpf.emulator.routes import Route
 from kbpf.isa import ebpf
 from kbpf.specs import MapSpec
 from kbpf.testing.network import NetworkNamespace
@@ -25,87 +38,11 @@ from kbpf.uapi.constants import BPF_F_BROADCAST, BPF_F_EXCLUDE_INGRESS
 
 pytestmark = [pytest.mark.requires("kernel"), pytest.mark.requires("netns")]
 
-IPV4 = bytes.fromhex("4500001c0000000040110000c0000201c000020200350035000800 00")
-FRAME = MACS["v1"] + MACS["v0"] + b"\x08\0" + IPV4
-INGRESS = 1
-PASS, TX = 2, 3
-
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[tuple[Machine, Machine]]:
     with machines() as made:
         yield made
-
-
-def returns(value: int) -> Code:
-    return [*mov(0, value), EXIT]
-
-
-def redirect(device: str, flags: int = 0) -> Code:
-    return [*mov(1, INDEX.get(device, 99)), *mov(2, flags), *call("redirect"), EXIT]
-
-
-def clone(device: str, flags: int = 0) -> Code:
-    return [*copy(1, 9), *mov(2, INDEX[device]), *mov(3, flags), *call("clone_redirect")]
-
-
-def put_field(name: str, value: int, element: int = 0) -> Code:
-    return [*mov(1, value), I(ebpf.STX | ebpf.MEM | ebpf.W, 9, 1, SKB[name].offset + 4 * element)]
-
-
-#: Everything that travels with a packet from hook to hook.
-METADATA = [
-    *put_field("mark", 5),
-    *put_field("priority", 6),
-    *put_field("cb", 0x11, 0),
-    *put_field("cb", 0x44, 4),
-    *put_field("tc_index", 8),
-    *put_field("tc_classid", 9),
-]
-
-
-def watch(machine: Machine) -> None:
-    """Programs at all places that note down what they see and change nothing."""
-    places = [(device, place) for device in DEVICES for place in ("tcx_egress", "tcx_ingress")]
-    for who, (device, place) in enumerate(places, 100):
-        machine.hook(device, place, returns(-1), who)
-
-
-def without_gro(line: Seen) -> Seen:
-    """Without what the receive offload that comes with XDP in veth's driver leaves in ``skb->cb``."""
-    fields = zip(SEEN, line.fields, strict=True)
-    return line._replace(
-        fields=tuple(0 if name in ("cb", "tc_classid", "tc_index") else value for name, value in fields)
-    )
-
-
-def compare(
-    both: tuple[Machine, Machine],
-    setup: Callable[[Machine], Any],
-    device: str = "v0",
-    frame: bytes = FRAME,
-    native: bool = False,
-    listen: tuple[str, ...] = (),
-    **how: int,
-) -> Outcome:
-    """Do the same on both sides, and find that the same came of it; `native` says that XDP is in a driver."""
-    outcomes = []
-    for machine in both:
-        machine.begin()
-        machine.listen(*listen)
-        setup(machine)
-        machine.send(device, frame, **how)
-        outcomes.append(machine.outcome())
-        machine.stack.close()
-    kernel, emulated = outcomes
-    if native:
-        for outcome in outcomes:
-            outcome.seen[:] = [without_gro(line) for line in outcome.seen]
-    assert emulated.seen == kernel.seen
-    assert emulated.received == kernel.received
-    assert emulated.counters == kernel.counters
-    assert emulated.refused == kernel.refused
-    return kernel
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 100])
@@ -316,92 +253,6 @@ def test_an_interface_that_goes_away_takes_its_programs_off(both: Any) -> None:
         outcomes.append((before, [link.info.ifindex for link in links], raised.value.errno, links[1].detach()))
         machine.stack.close()
     assert outcomes[0] == outcomes[1] == ([True, True], [0, 0], errno.ENOLINK, False)
-
-
-def _neighbour(address: str | None) -> Code:
-    """bpf_redirect_neigh to w0; `address` is the next hop, if it is not to be the route's."""
-    if address is None:
-        return [*mov(1, INDEX["w0"]), *mov(2, 0), *mov(3, 0), *mov(4, 0), *call("redirect_neigh"), EXIT]
-    hop = ipaddress.ip_address(address)
-    words = struct.unpack("=5i", struct.pack("=I", 2 if hop.version == 4 else 10) + hop.packed.ljust(16, b"\0"))
-    code = [I(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, -20 + 4 * at, word) for at, word in enumerate(words)]
-    code += [*mov(1, INDEX["w0"]), *copy(2, ebpf.FP), I(ebpf.ALU64 | ebpf.ADD, 2, 0, 0, -20)]
-    return [*code, *mov(3, 20), *mov(4, 0), *call("redirect_neigh"), EXIT]
-
-
-NOWHERE = ("2001:db8:3::1", "2001:db8:4::1")
-LINKS = {
-    "198.51.100.8": "02:00:00:00:00:08",
-    "198.51.100.9": "02:00:00:00:00:09",
-    # Behind a blackhole.
-    "203.0.114.1": "02:00:00:00:00:0a",
-    "2001:db8::8": "02:00:00:00:06:08",
-    "2001:db8::9": "02:00:00:00:06:09",
-}
-
-
-@pytest.fixture
-def neighbourhood(both: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Next hops behind w0, and a network behind one of them, of either version."""
-    hops = {ip: bytes.fromhex(mac.replace(":", "")) for ip, mac in LINKS.items()}
-    behind = {"203.0.113.0/24": "198.51.100.9", "2001:db8:1::/64": "2001:db8::9"}
-    on_link = ("198.51.100.0/24", "2001:db8::/64")
-    routes = [Route(to=to, device=INDEX["w0"]) for to in on_link]
-    routes += [Route(to=to, device=INDEX["w0"], via=via) for to, via in behind.items()]
-    nowhere = ("203.0.114.0/24", "2001:db8:3::/64")
-    routes += [Route(to=to, kind="blackhole") for to in nowhere]
-    monkeypatch.setattr(environment, "routes", routes)
-    monkeypatch.setattr(environment, "neighbours", hops)
-    run = both[0].namespace.run
-    run("sysctl", "-qw", "net.ipv6.conf.w0.addr_gen_mode=1", "net.ipv6.conf.w0.disable_ipv6=0")
-    # An IPv6 address of its own would have w0 send reports of its groups.
-    commands = ["ip address replace 198.51.100.1/24 dev w0", "ip route replace 2001:db8::/64 dev w0"]
-    commands += [f"ip route replace {to} via {via} dev w0" for to, via in behind.items()]
-    commands += [f"ip route replace blackhole {to}" for to in nowhere]
-    commands += [f"ip neighbour replace {ip} lladdr {mac} dev w0 nud permanent" for ip, mac in LINKS.items()]
-    try:
-        for command in commands:
-            run(*command.split())
-        yield
-    finally:
-        run("sysctl", "-qw", "net.ipv6.conf.w0.disable_ipv6=1")
-        run("ip", "address", "flush", "dev", "w0")
-
-
-@pytest.mark.parametrize(
-    ("destination", "hop"),
-    [
-        (destination, hop)
-        for destinations, hops in (
-            (("198.51.100.8", "198.51.100.9", "203.0.113.1", "203.0.114.1"), (None, "198.51.100.9", "2001:db8::9")),
-            (
-                ("2001:db8::8", "2001:db8::9", "2001:db8:1::1", "2001:db8:3::1", "2001:db8:4::1"),
-                (None, "2001:db8::9", "198.51.100.9"),
-            ),
-        )
-        for destination in destinations
-        for hop in hops
-    ],
-)
-@pytest.mark.parametrize(("device", "place"), [("v0", "tcx_egress"), ("v1", "tcx_ingress")])
-@pytest.mark.usefixtures("neighbourhood")
-def test_packets_that_get_the_link_header_of_the_next_hop(
-    both: Any, device: str, place: str, destination: str, hop: str | None
-) -> None:
-    to = ipaddress.ip_address(destination)
-    if to.version == 4:
-        frame = FRAME[:30] + to.packed + FRAME[34:]
-    else:
-        source = ipaddress.ip_address("2001:db8:2::1").packed
-        frame = FRAME[:12] + b"\x86\xdd" + bytes.fromhex("6000000000081140") + source + to.packed + bytes(8)
-
-    def setup(machine: Machine) -> None:
-        machine.hook(device, place, [*METADATA, *_neighbour(hop)], 1)
-        watch(machine)
-
-    # What packet sockets have queued at ingress, Linux overwrites: the bytes are the same memory.
-    found = compare(both, setup, frame=frame, mark=3, listen=("w0", "w1"))
-    assert found.received["w1"] or hop == "198.51.100.9" or (hop is None and destination in NOWHERE)
 
 
 def test_packets_that_go_to_the_other_end_in_another_network(both: Any) -> None:
