@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import re as _re
 from collections.abc import Sequence
+from functools import cached_property
+
+TYPE_CHECKING = False  # What type checkers take for true; importing it from typing costs more than all the rest.
+if TYPE_CHECKING:
+    from kbpf.verifier_log import LogInstruction, LogReport, SourceLine
 
 #: The kernel-internal ENOTSUPP, which escapes to user space from bpf(2) and has no name in `errno`.
 ENOTSUPP = 524
@@ -76,19 +82,72 @@ class MapFullError(BpfError):
 class VerifierError(BpfError):
     """A program was refused when it was loaded.
 
-    ``str()`` is short: what was loaded and the verifier's last words. `log` is everything it said.
+    ``str()`` is short, twelve lines at most: what was loaded, the verifier's reason, the instruction with its source
+    line, and the registers that it is about. `log` is everything that the verifier said. What it does not say is None
+    or empty.
     """
 
     def __init__(self, errno: int, doing: str, log: str = "", hints: Sequence[str] = ()) -> None:
         super().__init__(errno, doing, hints)
         self.log = log
 
+    @cached_property
+    def _report(self) -> LogReport:
+        from kbpf.verifier_log import read_log
+
+        return read_log(self.log)
+
+    @property
+    def reason(self) -> str:
+        """Why, in the verifier's words: a line or more."""
+        return self._report.reason
+
+    @property
+    def suggestion(self) -> str:
+        """What to do about it, from kernels that say so (Linux 7.3)."""
+        return self._report.suggestion
+
+    @property
+    def instruction(self) -> LogInstruction | None:
+        """The instruction that was refused: its index ``pc``, and the verifier's ``text`` of it."""
+        return self._report.instruction
+
+    @property
+    def source_line(self) -> SourceLine | None:
+        """The line of the source that it was compiled from (``clang -g``): ``text``, ``file``, ``line``."""
+        return self._report.source_line
+
+    @property
+    def registers(self) -> dict[str, str]:
+        """What the verifier knew last, by ``"R0"`` or, for the stack, ``"fp-8"``: ``"scalar(umax=255)"``."""
+        return dict(self._report.registers)
+
+    def locate(self, instruction: LogInstruction | None, source_line: SourceLine | None) -> None:
+        """Add what the log does not say, by who knows the program."""
+        found = self._report
+        if found.instruction is None or not found.instruction.text:
+            found = found._replace(instruction=instruction or found.instruction)
+        self._report = found._replace(source_line=found.source_line or source_line)
+
     def __str__(self) -> str:
-        said = [
-            line for line in self.log.splitlines() if line and not line.startswith(("processed ", "verification time"))
-        ]
-        head = super().__str__()
-        return head if not said else "\n  ".join([head, *said[-3:]])
+        found = self._report
+        first, *hints = super().__str__().splitlines()
+        lines = found.reason.splitlines()[:3]
+        if found.cut:
+            lines.append("the log is cut at its end, where the reason would be; the last that it shows:")
+        if found.instruction:
+            lines.append(f"at {found.instruction}")
+        if found.source_line:
+            lines.append(str(found.source_line))
+        if found.suggestion:
+            hints.insert(0, found.suggestion)
+        # The registers that the instruction and the reason speak of tell the most.
+        spoken = found.reason + (found.instruction.text if found.instruction else "")
+        named = {"R" + number for number in _re.findall(r"\b[rRw](\d+)", spoken)}
+        told = [f"{name}={state}" for name, state in found.registers.items() if name in named]
+        room = max(11 - len(lines) - len(hints), 0)
+        shown = [first, *("  " + line.strip() for line in [*lines, *told[: min(room, 4)], *hints])]
+        return "\n".join(line if len(line) <= 200 else line[:197] + "..." for line in shown[:12])
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.errno, self.doing, self.log, self.hints), self.__dict__)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from kbpf.backend import Backend, Engine, TraceStep
-from kbpf.errors import BpfError
+from kbpf.errors import BpfError, VerifierError
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
@@ -328,9 +328,13 @@ def load_program(
         named = f'program "{spec.name}" ({spec.type})' if spec.name else f"program ({spec.type})"
         with doing(chosen, f"load {named}", operation="prog_load", program_type=spec.type):
             fd = chosen.program_load(spec, [map.fileno() for map in used], engine=engine)
-    except BaseException:
+    except BaseException as error:
         for map in made:
             map.close()
+        if isinstance(error, VerifierError):
+            from kbpf.runtime.refused import locate
+
+            locate(error, spec)
         raise
     attach_type = spec.expected_attach_type if isinstance(spec.expected_attach_type, str) else None
     return Program(chosen, fd, type=spec.type, name=spec.name, maps=used, owned=made, attach_type=attach_type)
