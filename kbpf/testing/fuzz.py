@@ -6,6 +6,9 @@ Three kinds compare: ``cbpf``, classic filters on live sockets; ``ebpf``, socket
 verifier has accepted (`generate_wild`), which the emulator must end; there is nothing to compare, and what goes wrong
 is an exception or the end of a process.
 
+With ``--engine jit`` native code is compared, too: to the kernel as the interpreter is, and to the interpreter where
+programs are wild (`wild_engines`). One in four programs is compiled as usual, the others at LLVM's lowest level.
+
 Those that compare need root (bpf(2), and network namespaces, in which all traffic stays). Case N of a seed is the same
 program and packets everywhere. A run begins with case ``--from`` and goes on until ``--count`` programs were accepted
 by the kernel (of wild ones, loaded by the emulator), so a long one can be cut into parts: ``all --count 100000 --from
@@ -29,15 +32,18 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from random import Random
 from typing import Any, Protocol
 
 from kbpf.backend import LoadRefused
-from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf, wild
+from kbpf.emulator.classic import ClassicProgram
+from kbpf.testing import carriers, coverage, differ, generate_direct, generate_ebpf, wild, wild_engines
 from kbpf.testing.differ import ClassicCase, ClassicOutcome, EbpfOutcome
 from kbpf.testing.generate_ebpf import EbpfCase
 from kbpf.testing.generate_wild import Wild
+from kbpf.testing.native import level_for
 from kbpf.testing.network import NetworkNamespace
 
 #: The kinds that compare, and how many of a thousand programs each gets of ``all``.
@@ -100,8 +106,9 @@ class _Kind(Protocol):
 class _Comparison:
     """The kernel and the emulator, ready for the cases of a kind, which subclasses know how to make and run."""
 
-    def __init__(self, report: Report, stack: ExitStack) -> None:
+    def __init__(self, report: Report, stack: ExitStack, jit: bool) -> None:
         self.report = report
+        self.jit = jit
 
     def run(self, seed: str, number: int) -> None:
         report, case = self.report, self.case(seed, number)
@@ -111,8 +118,13 @@ class _Comparison:
             return
         report.accepted += 1
         report.runs += self.runs(case)
+        name = f"seed_{seed}_case_{number}"
         if self.emulator(case, number % _WATCHED == 0) != truth:
-            report.differences.append(self.as_test(case, f"seed_{seed}_case_{number}"))
+            report.differences.append(self.as_test(case, name))
+        elif self.jit:
+            with level_for(number):
+                if self.native(case) != truth:
+                    report.differences.append("# native code\n" + self.as_test(case, name, native=True))
 
     def case(self, seed: str, number: int) -> Any:
         raise NotImplementedError
@@ -123,6 +135,9 @@ class _Comparison:
     def emulator(self, case: Any, watched: bool) -> Any:
         raise NotImplementedError
 
+    def native(self, case: Any) -> Any:
+        raise NotImplementedError
+
     def refused(self, outcome: Any) -> str:
         """What the kernel said of a program that it did not accept, without what differs from program to program."""
         raise NotImplementedError
@@ -130,15 +145,18 @@ class _Comparison:
     def runs(self, case: Any) -> int:
         raise NotImplementedError
 
-    def as_test(self, case: Any, name: str) -> str:
+    def as_test(self, case: Any, name: str, native: bool = False) -> str:
         """A case that differs, made small, as a test."""
         raise NotImplementedError
 
 
 class _Classic(_Comparison):
-    def __init__(self, report: Report, stack: ExitStack) -> None:
-        super().__init__(report, stack)
-        self._emulated = stack.enter_context(carriers.emulated())
+    def __init__(self, report: Report, stack: ExitStack, jit: bool) -> None:
+        super().__init__(report, stack, jit)
+        self._emulated, self._native = (
+            stack.enter_context(carriers.emulated(partial(ClassicProgram, engine=engine)))
+            for engine in ("interpreter", "jit")
+        )
         self._watched = stack.enter_context(
             carriers.emulated(lambda program: coverage.WatchedFilter(program, report.coverage))
         )
@@ -155,24 +173,28 @@ class _Classic(_Comparison):
     def emulator(self, case: ClassicCase, watched: bool) -> ClassicOutcome:
         return differ.run_classic(self._watched if watched else self._emulated, case)
 
+    def native(self, case: ClassicCase) -> ClassicOutcome:
+        return differ.run_classic(self._native, case)
+
     def refused(self, outcome: ClassicOutcome) -> str:
         return f"errno {outcome}" if isinstance(outcome, int) else ""
 
     def runs(self, case: ClassicCase) -> int:
         return len(case.packets)
 
-    def as_test(self, case: ClassicCase, name: str) -> str:
-        small = differ.shrink_classic(self._kernel, self._emulated, case)
+    def as_test(self, case: ClassicCase, name: str, native: bool = False) -> str:
+        small = differ.shrink_classic(self._kernel, self._native if native else self._emulated, case)
         return differ.classic_as_test(small, name, self.kernel(small))
 
 
 class _Ebpf(_Comparison):
-    def __init__(self, report: Report, stack: ExitStack) -> None:
+    def __init__(self, report: Report, stack: ExitStack, jit: bool) -> None:
         from kbpf.emulator.backend import EmulatorBackend
         from kbpf.kernel.backend import kernel_backend
 
-        super().__init__(report, stack)
-        self._kernel, self._emulated = kernel_backend(), EmulatorBackend()
+        super().__init__(report, stack, jit)
+        self._kernel = kernel_backend()
+        self._emulated, self._native = EmulatorBackend("interpreter"), EmulatorBackend("jit")
         stack.enter_context(differ.one_processor())
 
     def case(self, seed: str, number: int) -> EbpfCase:
@@ -192,6 +214,9 @@ class _Ebpf(_Comparison):
             self.count(watch)
         return outcome
 
+    def native(self, case: EbpfCase) -> EbpfOutcome:
+        return differ.run_ebpf(self._native, case)
+
     def count(self, watch: coverage.Watch) -> None:
         coverage.count_ebpf(self.report.coverage, watch)
 
@@ -201,9 +226,9 @@ class _Ebpf(_Comparison):
     def runs(self, case: EbpfCase) -> int:
         return len(case.runs)
 
-    def as_test(self, case: EbpfCase, name: str) -> str:
-        small = differ.shrink_ebpf(self._kernel, self._emulated, case)
-        why = differ.differences(self.kernel(small), self.emulator(small, False))
+    def as_test(self, case: EbpfCase, name: str, native: bool = False) -> str:
+        small = differ.shrink_ebpf(self._kernel, self._native if native else self._emulated, case)
+        why = differ.differences(self.kernel(small), self.native(small) if native else self.emulator(small, False))
         return "\n".join([*(f"# {line}" for line in why), differ.ebpf_as_test(small, name)])
 
 
@@ -217,20 +242,21 @@ class _Direct(_Ebpf):
 
 
 class _Wild:
-    """Programs that only the emulator takes: what matters is that they end, and how."""
+    """Programs that only the emulator takes: what matters is that they end, and how, on both engines."""
 
-    def __init__(self, report: Report, stack: ExitStack) -> None:
+    def __init__(self, report: Report, stack: ExitStack, jit: bool) -> None:
         self.report = report
-        self._runner = wild.Runner(stack)
+        self._engines = wild_engines.Engines(stack) if jit else None
+        self._runner = self._engines.runner if self._engines is not None else wild.Runner(stack)
 
     def run(self, seed: str, number: int) -> None:
         case = self._runner.case(seed, number)
         try:
-            self._run(case, number % _WATCHED == 0)
+            self._run(case, number)
         except Exception:
             self.report.differences.append(f"# seed {seed}, case {number}\n{traceback.format_exc()}{case}")
 
-    def _run(self, case: Wild, watched: bool) -> None:
+    def _run(self, case: Wild, number: int) -> None:
         report, backend = self.report, self._runner.backend
         try:
             fd = self._runner.load(case)
@@ -240,16 +266,26 @@ class _Wild:
         try:
             report.accepted += 1
             report.runs += 1
-            watch = coverage.Watch(backend.program(fd)) if watched else None
-            way, fault = self._runner.run(fd, case)
+            watches: list[coverage.Watch] = []
+
+            def watch() -> None:
+                if number % _WATCHED == 0:
+                    watches.append(coverage.Watch(backend.program(fd)))
+
+            if self._engines is None:
+                watch()
+                way, *what = self._runner.run(fd, case)
+            else:
+                (way, *what), forges = self._engines.compare(fd, case, number, watch)
+                report.coverage["forged addresses of the stack"] += forges
             report.coverage[f"ended in {way}"] += 1
-            if watch is not None:
-                coverage.count_wild(report.coverage, watch, fault)
+            for watched in watches:
+                coverage.count_wild(report.coverage, watched, what[0] if way == "fault" else None)
         finally:
             backend.close(fd)
 
 
-_KINDS: dict[str, Callable[[Report, ExitStack], _Kind]] = {
+_KINDS: dict[str, Callable[[Report, ExitStack, bool], _Kind]] = {
     "cbpf": _Classic,
     "ebpf": _Ebpf,
     "direct": _Direct,
@@ -257,18 +293,18 @@ _KINDS: dict[str, Callable[[Report, ExitStack], _Kind]] = {
 }
 
 
-def run_cases(kind: str, seed: str, cases: Iterable[int], enough: int = _ENOUGH) -> Report:
-    """Run the cases of these numbers; stop after `enough` differences."""
+def run_cases(kind: str, seed: str, cases: Iterable[int], enough: int = _ENOUGH, jit: bool = False) -> Report:
+    """Run the cases of these numbers, in native code, too, if `jit` says so; stop after `enough` differences."""
     if kind == "wild":
-        return _run_cases(kind, seed, cases, enough)
+        return _run_cases(kind, seed, cases, enough, jit)
     with NetworkNamespace() as namespace:
-        return namespace.call(_run_cases, kind, seed, cases, enough)
+        return namespace.call(_run_cases, kind, seed, cases, enough, jit)
 
 
-def _run_cases(kind: str, seed: str, cases: Iterable[int], enough: int) -> Report:
+def _run_cases(kind: str, seed: str, cases: Iterable[int], enough: int, jit: bool) -> Report:
     report = Report(kind)
     with ExitStack() as stack:
-        runner = _KINDS[kind](report, stack)
+        runner = _KINDS[kind](report, stack, jit)
         for number in cases:
             runner.run(seed, number)
             if len(report.differences) >= enough:
@@ -283,6 +319,7 @@ def fuzz(
     first: int = 0,
     workers: int | None = None,
     progress: Callable[[Report], object] = lambda _: None,
+    jit: bool = False,
 ) -> Report:
     """Run from case `first` on until the kernel has accepted `count` programs, in several processes.
 
@@ -299,7 +336,7 @@ def fuzz(
             while asked < count - report.accepted and len(running) < 2 * workers:
                 size = min(_CHUNK, count - report.accepted - asked)
                 cases = range(following, following + size)
-                running[pool.submit(run_cases, kind, seed, cases)] = cases
+                running[pool.submit(run_cases, kind, seed, cases, _ENOUGH, jit)] = cases
                 following += size
                 asked += size
             done = next(as_completed(running))
@@ -373,6 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1_000_000, help="programs that are accepted, of all kinds")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first case of each kind")
     parser.add_argument("--seed", default="1", help="any text; the same seed gives the same cases")
+    parser.add_argument("--engine", choices=("interpreter", "jit"), default="interpreter", help="jit: both")
     parser.add_argument("--workers", type=int, help="processes; as many as processors by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a kind on standard output")
     options = parser.parse_args(arguments)
@@ -380,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in SHARES if options.kind == "all" else (options.kind,):
         count = options.count * SHARES[kind] // sum(SHARES.values()) if options.kind == "all" else options.count
         with _progress(kind, count) as tell:
-            report = fuzz(kind, count, options.seed, options.first, options.workers, tell)
+            report = fuzz(kind, count, options.seed, options.first, options.workers, tell, options.engine == "jit")
         if options.json:
             print(json.dumps({**asdict(report), "share": report.share, "missing": report.missing()}), flush=True)
         else:

@@ -90,21 +90,24 @@ class Runner:
         programs.loaded(fd)
         return fd
 
-    def run(self, fd: int, wild: Wild) -> tuple[str, int | None]:
-        """How it ended, and the instruction where it went wrong; raises what no program may raise."""
+    def run(self, fd: int, wild: Wild) -> tuple[Any, ...]:
+        """How it ended: "value" with all that a run gives, "fault" with its instruction, text and address, or "errno".
+
+        Raises what no program may raise.
+        """
         program = self.backend.program(fd)
         faulthandler.dump_traceback_later(_PATIENCE, exit=True)
         try:
             if program.type in test_runs.RUNNERS:
-                self.backend.program_run(fd, wild.data, wild.context)
-            else:
-                events.run_event(program, packet=Packet(buffer=wild.data))
+                ran = self.backend.program_run(fd, wild.data, wild.context)
+                return "value", ran.value, ran.data, ran.context
+            event = events.run_event(program, packet=Packet(buffer=wild.data))
+            return "value", event.value, event.context
         except EmulationFault as fault:
             if not fault.message or not 0 <= fault.pc < len(program.code.steps):
                 raise AssertionError("a fault that does not say where or why") from fault
-            return "fault", fault.pc
+            return "fault", fault.pc, fault.message, fault.address
         except OSError as error:
             if not error.errno:
                 raise
-            return "errno", None
-        return "value", None
+            return "errno", error.errno
