@@ -21,13 +21,15 @@ from kbpf.errors import (
 TYPE_CHECKING = False  # What type checkers take for true; importing it from typing costs more than all the rest.
 if TYPE_CHECKING:
     from kbpf import bcc, emulator
+    from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo
     from kbpf.runtime.attach import attach, packet_socket
     from kbpf.runtime.backends import use_backend
     from kbpf.runtime.captures import run_capture
     from kbpf.runtime.collection import Collection, load
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.interface import attached_programs, interface_index
-    from kbpf.runtime.link import CgroupLink, InterfaceLink, Link, SocketLink
+    from kbpf.runtime.inventory import links, maps, programs, statistics
+    from kbpf.runtime.link import BpfLink, CgroupLink, InterfaceLink, IteratorLink, Link, SocketLink
     from kbpf.runtime.map import Map
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
@@ -44,18 +46,24 @@ if TYPE_CHECKING:
 
 # Where each name is defined; a submodule is at home here.
 _HOMES = {
+    "BpfLink": "runtime.link",
+    "BtfInfo": "info",
+    "CgroupLink": "runtime.link",
     "Collection": "runtime.collection",
     "CollectionSpec": "specs",
     "Filter": "runtime.filter",
     "FilterSpec": "specs",
-    "CgroupLink": "runtime.link",
     "InterfaceLink": "runtime.link",
+    "IteratorLink": "runtime.link",
     "Link": "runtime.link",
+    "LinkInfo": "info",
     "Map": "runtime.map",
-    "Packets": "runtime.packets",
+    "MapInfo": "info",
     "MapSpec": "specs",
+    "Packets": "runtime.packets",
     "PerfEvent": "specs",
     "Program": "runtime.program",
+    "ProgramInfo": "info",
     "ProgramSpec": "specs",
     "RawTracepoint": "specs",
     "RunResult": "runtime.program",
@@ -69,15 +77,21 @@ _HOMES = {
     "compile_ebpf": "runtime.filter",
     "emulator": "",
     "interface_index": "runtime.interface",
+    "links": "runtime.inventory",
     "load": "runtime.collection",
     "load_program": "runtime.program",
+    "maps": "runtime.inventory",
     "packet_socket": "runtime.attach",
+    "programs": "runtime.inventory",
     "run_capture": "runtime.captures",
+    "statistics": "runtime.inventory",
     "use_backend": "runtime.backends",
 }
 
 __all__ = [
     "BpfError",
+    "BpfLink",
+    "BtfInfo",
     "CgroupLink",
     "Collection",
     "CollectionSpec",
@@ -88,10 +102,13 @@ __all__ = [
     "FilterSpec",
     "FilterSyntaxError",
     "InterfaceLink",
+    "IteratorLink",
     "KbpfError",
     "Link",
+    "LinkInfo",
     "Map",
     "MapFullError",
+    "MapInfo",
     "MapSpec",
     "MissingDependencyError",
     "NotSupportedError",
@@ -100,6 +117,7 @@ __all__ = [
     "PerfEvent",
     "PermissionDeniedError",
     "Program",
+    "ProgramInfo",
     "ProgramSpec",
     "RawTracepoint",
     "RunResult",
@@ -114,10 +132,14 @@ __all__ = [
     "compile_ebpf",
     "emulator",
     "interface_index",
+    "links",
     "load",
     "load_program",
+    "maps",
     "packet_socket",
+    "programs",
     "run_capture",
+    "statistics",
     "use_backend",
 ]
 

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from errno import EPERM
 from typing import Any, Literal, NamedTuple, Protocol
 
+from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
 
 BackendName = Literal["kernel", "emulator"]
 #: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
 Engine = Literal["auto", "interpreter", "jit"]
-#: What has pins and ids.
-ObjectKind = Literal["map", "program", "link"]
+#: What has ids; all but BTF have pins too.
+ObjectKind = Literal["map", "program", "link", "btf"]
 
 
 #: Why nobody can change a filter.
@@ -61,46 +62,6 @@ def refused_by_object(operation: str, errno: int) -> tuple[str, ...]:
 def object_name(name: str) -> str:
     """A map's or program's name as bpf(2) takes and keeps it: letters, digits, ``_`` and ``.``, 15 of them at most."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_.") else "_" for c in name)[:15]
-
-
-class MapInfo(NamedTuple):
-    """``struct bpf_map_info``, as far as both backends know it."""
-
-    type: str
-    id: int
-    key_size: int
-    value_size: int
-    max_entries: int
-    flags: int
-    name: str
-    map_extra: int = 0
-    btf_id: int = 0
-    btf_key_type_id: int = 0
-    btf_value_type_id: int = 0
-
-
-class ProgramInfo(NamedTuple):
-    """``struct bpf_prog_info``, as far as both backends know it."""
-
-    type: str
-    id: int
-    name: str
-    #: Eight bytes of digest of the instructions.
-    tag: bytes
-    map_ids: tuple[int, ...]
-    gpl_compatible: bool
-
-
-class LinkInfo(NamedTuple):
-    """``struct bpf_link_info``, as far as both backends know it."""
-
-    type: str
-    id: int
-    program_id: int
-    attach_type: str = ""
-    #: The interface's index, or the control group's id; 0 once the link is detached or what it leads to is gone.
-    ifindex: int = 0
-    cgroup_id: int = 0
 
 
 class Attached(NamedTuple):
@@ -272,6 +233,32 @@ class Backend(Protocol):
 
     def program_info(self, fd: int) -> ProgramInfo: ...
 
+    def program_code(self, fd: int, jited: bool = False) -> bytes:
+        """The instructions as they run, maps named by their ids, or the native code; empty where they may not be read.
+
+        The kernel fills in zeroes for its addresses where ``kernel.kptr_restrict`` hides them.
+        """
+        ...
+
+    def call_name(self, imm: int) -> str:
+        """The name of the function that a call in such instructions means, by its `imm`."""
+        ...
+
+    def program_bind_map(self, program: int, map: int) -> None:
+        """BPF_PROG_BIND_MAP (Linux 5.10): the program keeps a map that its instructions do not name."""
+        ...
+
+    def program_stream(self, fd: int, stream: int, size: int) -> bytes:
+        """BPF_PROG_STREAM_READ_BY_FD (Linux 6.17): up to `size` bytes of what it wrote; empty: none left.
+
+        `stream` is BPF_STREAM_STDOUT or BPF_STREAM_STDERR.
+        """
+        ...
+
+    def statistics_enable(self) -> int:
+        """BPF_ENABLE_STATS (Linux 5.8): runs and their time are counted as long as the descriptor is open."""
+        ...
+
     def program_run(
         self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
     ) -> RawRun:
@@ -297,6 +284,55 @@ class Backend(Protocol):
         A raw tracepoint (BPF_RAW_TRACEPOINT_OPEN), or BPF_LINK_CREATE for what perf_event_open(2) gives. A uprobe's
         offset is a number.
         """
+        ...
+
+    def event_query(self, pid: int, fd: int) -> TaskEvent:
+        """BPF_TASK_FD_QUERY (Linux 4.18) about a descriptor of a process; ENOTSUPP where that is of no event."""
+        ...
+
+    # Iterators.
+
+    def iterator_link(
+        self, program: int, *, map: int | None = None, cgroup: int | None = None, pid: int = 0, tid: int = 0
+    ) -> int:
+        """BPF_LINK_CREATE for an iterator program (Linux 5.8): over all there are, or those of one owner.
+
+        That is the elements of a map (5.9) or the groups below a control group (6.1), by descriptor, or the files,
+        mappings and threads of a process or the thread itself (6.1).
+        """
+        ...
+
+    def iterator_open(self, link: int) -> int:
+        """BPF_ITER_CREATE: a descriptor of which one walk's text is read."""
+        ...
+
+    def read(self, fd: int, size: int) -> bytes:
+        """read(2) of such a descriptor; empty at the end."""
+        ...
+
+    # BTF.
+
+    def btf_load(self, blob: bytes) -> int:
+        """BPF_BTF_LOAD (Linux 4.18)."""
+        ...
+
+    def btf_info(self, fd: int) -> BtfInfo: ...
+
+    def btf_data(self, fd: int) -> bytes: ...
+
+    # Programs at a place without a link, which stay there when the process ends.
+
+    def program_attach(
+        self, program: int, target: int, attach_type: str, flags: int = 0, replaced: int | None = None
+    ) -> None:
+        """BPF_PROG_ATTACH (Linux 4.10) to a control group's, socket map's or network namespace's descriptor.
+
+        `flags` are BPF_F_ALLOW_*; `replaced` is the program of a group to take the place of (with BPF_F_ALLOW_MULTI).
+        """
+        ...
+
+    def program_detach(self, program: int | None, target: int, attach_type: str) -> None:
+        """BPF_PROG_DETACH; None for whatever program is there, where there is one at most. ENOENT for none."""
         ...
 
     # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``, a control group's

@@ -17,9 +17,12 @@ from typing import Any
 
 from kbpf.emulator import tracepoints
 from kbpf.emulator.environment import environment
+from kbpf.emulator.links import Link
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.program import Program
 from kbpf.emulator.tracing import Event
+from kbpf.errors import ENOTSUPP
+from kbpf.info import LinkInfo, TaskEvent
 from kbpf.specs import EventSource, PerfEvent, RawTracepoint, Tracepoint, Uprobe
 from kbpf.uapi.constants import PERF_TYPE_SOFTWARE
 
@@ -29,22 +32,44 @@ _MOST_PROGRAMS = 64
 _SOFTWARE_EVENTS = 12
 
 
-class Attachment:
-    """A program on an event, until its last descriptor is closed."""
+class Attachment(Link):
+    """A program on an event, until its last descriptor or pin goes: a link that neither changes nor is detached."""
 
     def __init__(self, program: Program, source: EventSource, cookie: int) -> None:
-        self.program = program
+        self.type = "raw_tracepoint" if isinstance(source, RawTracepoint) else "perf_event"
+        super().__init__(program, "perf_event")
         self.source = source
         self.cookie = cookie
-        self._users = 0
 
-    def opened(self) -> None:
-        self._users += 1
+    @property
+    def attached(self) -> bool:
+        return True
 
-    def closed(self) -> None:
-        self._users -= 1
-        if not self._users:
-            ATTACHED.remove(self)
+    @property
+    def info(self) -> LinkInfo:
+        return LinkInfo(self.type, self.id, self.program.id, details={**_described(self.source), "cookie": self.cookie})
+
+    def update(self, program: Program, old: Program | None) -> None:
+        raise refused(errno.EINVAL)
+
+    def detach(self) -> None:
+        raise refused(errno.EOPNOTSUPP)
+
+    def gone(self) -> None:
+        ATTACHED.remove(self)
+
+
+def _described(source: EventSource) -> dict[str, int | str]:
+    """What the kernel tells of an event (`bpf_perf_link_fill_link_info`)."""
+    if isinstance(source, RawTracepoint):
+        return {"tp_name": source.name}
+    if isinstance(source, Tracepoint):
+        return {"event": "tracepoint", "tp_name": source.name}
+    if isinstance(source, Uprobe):
+        assert isinstance(source.offset, int)
+        event = "uretprobe" if source.returns else "uprobe"
+        return {"event": event, "file_name": source.path, "offset": source.offset}
+    return {"event": "event", "type": source.type, "config": source.config}
 
 
 #: In the order in which programs run.
@@ -66,6 +91,13 @@ def attach(program: Program, source: EventSource, cookie: int) -> Attachment:
     attached = Attachment(program, source, cookie)
     ATTACHED.append(attached)
     return attached
+
+
+def query(found: object) -> TaskEvent:
+    """What BPF_TASK_FD_QUERY tells of what is behind a descriptor: of links it knows raw tracepoints."""
+    if not isinstance(found, Attachment) or not isinstance(found.source, RawTracepoint):
+        raise refused(ENOTSUPP)
+    return TaskEvent(found.program.id, "raw_tracepoint", found.source.name)
 
 
 def _check_type(program: Program, *types: str) -> None:

@@ -8,22 +8,22 @@ file system.
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
+from kbpf.asm.ebpf_listing import helper_name
 from kbpf.backend import (
     Attached,
     BackendName,
     Batch,
     Engine,
-    LinkInfo,
-    MapInfo,
     ObjectKind,
-    ProgramInfo,
     RawRun,
     RunOptions,
     SocketLike,
@@ -31,24 +31,35 @@ from kbpf.backend import (
     refused_by_object,
 )
 from kbpf.emulator import cgroup_links, cgroups, links, maps, network, sockets, test_runs, trace
-from kbpf.emulator.attached import Attachment, attach
+from kbpf.emulator.attached import attach, query
+from kbpf.emulator.btf import BTFS, Btf, described
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
 from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter, PerfReading
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
+from kbpf.emulator.statistics import Switch
 from kbpf.errors import FilterError
+from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa import cbpf
 from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
+from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 
 FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
 
 
-Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | Attachment | links.Link | cgroups.Group"
+Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | links.Link | cgroups.Group | Btf | Switch"
 
-_OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {"map": MAPS, "program": PROGRAMS, "link": links.LINKS}
+_OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {
+    "map": MAPS,
+    "program": PROGRAMS,
+    "link": links.LINKS,
+    "btf": BTFS,
+}
+#: What counts its descriptors.
+_COUNTING = (MapFile, links.Link, Switch)
 #: The type of programs that each place for links takes.
 _LINKED = {"xdp": "xdp", "tcx_ingress": "sched_cls", "tcx_egress": "sched_cls"}
 
@@ -76,7 +87,7 @@ class EmulatorBackend:
             run_due()
         finally:
             del self._handles[fd]
-            if isinstance(handle, (MapFile, Attachment, links.Link)):
+            if isinstance(handle, _COUNTING):
                 handle.closed()
 
     def duplicate(self, fd: int) -> int:
@@ -135,7 +146,7 @@ class EmulatorBackend:
     def _open(self, handle: Handle) -> int:
         fd = next(self._numbers)
         self._handles[fd] = handle
-        if isinstance(handle, (MapFile, Attachment, links.Link)):
+        if isinstance(handle, _COUNTING):
             handle.opened()
         return fd
 
@@ -145,7 +156,9 @@ class EmulatorBackend:
     # Maps.
 
     def map_create(self, spec: MapSpec, inner: int | None = None) -> int:
-        return self._open(MapFile(maps.create(spec, self, inner), spec.flags))
+        made = maps.create(spec, self, inner)
+        made.btf = described(spec.btf) if spec.btf_value_type_id else None
+        return self._open(MapFile(made, spec.flags))
 
     def map_info(self, fd: int) -> MapInfo:
         found = self.map(fd)
@@ -158,8 +171,11 @@ class EmulatorBackend:
             flags=found.flags,
             name=found.name,
             map_extra=found.map_extra,
+            btf_id=0 if found.btf is None else found.btf.id,
             btf_key_type_id=found.spec.btf_key_type_id,
             btf_value_type_id=found.spec.btf_value_type_id,
+            frozen=found.frozen,
+            owner_type=found.owner_type,
         )
 
     def map_btf(self, fd: int) -> bytes:
@@ -170,12 +186,16 @@ class EmulatorBackend:
         return self.map_file(fd).lookup(key, flags)
 
     def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
-        read = self.map_file(fd).lookup
+        # Whoever keeps the function does not keep the map.
+        file = weakref.ref(self.map_file(fd))
 
         def reader(key: bytes) -> bytes | None:
             network.settle()
+            opened = file()
+            if opened is None:
+                raise refused(errno.EBADF)
             try:
-                return read(key)
+                return opened.lookup(key)
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return None
@@ -220,7 +240,7 @@ class EmulatorBackend:
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         network.settle()
         found = self._handle(fd)
-        if isinstance(found, (Program, Attachment, links.Link, cgroups.Group)):
+        if isinstance(found, (Program, links.Link, cgroups.Group, Btf, Switch)):
             raise refused(errno.ENODEV)
         return found.memory(offset, size, writable)
 
@@ -243,15 +263,27 @@ class EmulatorBackend:
         return self._open(Program(spec, used, self.map, engine=engine or self._engine))
 
     def program_info(self, fd: int) -> ProgramInfo:
+        return self.program(fd).info
+
+    def program_code(self, fd: int, jited: bool = False) -> bytes:
         found = self.program(fd)
-        return ProgramInfo(
-            type=found.type,
-            id=found.id,
-            name=found.name,
-            tag=found.tag,
-            map_ids=tuple(used.id for used in found.maps),
-            gpl_compatible=found.gpl_compatible,
-        )
+        return b"" if jited else found.xlated
+
+    def call_name(self, imm: int) -> str:
+        return helper_name(imm)
+
+    def program_bind_map(self, program: int, map: int) -> None:
+        self.program(program).bind(self.map(map))
+
+    def program_stream(self, fd: int, stream: int, size: int) -> bytes:
+        self.program(fd)
+        if stream not in (BPF_STREAM_STDOUT, BPF_STREAM_STDERR):
+            raise refused(errno.ENOENT)
+        # The kernel functions that write there are refused at load.
+        return b""
+
+    def statistics_enable(self) -> int:
+        return self._open(Switch())
 
     def program_run(
         self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
@@ -270,6 +302,44 @@ class EmulatorBackend:
 
     def event_attach(self, program: int, source: EventSource, cookie: int = 0) -> int:
         return self._open(attach(self.program(program), source, cookie))
+
+    def event_query(self, pid: int, fd: int) -> TaskEvent:
+        if pid != environment.pid_tgid() >> 32:
+            raise refused(errno.ENOENT)
+        return query(self._handle(fd))
+
+    # Iterators: their programs are of a type that is refused at load.
+
+    def iterator_link(
+        self, program: int, *, map: int | None = None, cgroup: int | None = None, pid: int = 0, tid: int = 0
+    ) -> int:
+        self.program(program)
+        raise refused(errno.EINVAL)
+
+    def iterator_open(self, link: int) -> int:
+        self.link(link)
+        raise refused(errno.EINVAL)
+
+    def read(self, fd: int, size: int) -> bytes:
+        self._handle(fd)
+        raise refused(errno.EINVAL)
+
+    # BTF.
+
+    def btf_load(self, blob: bytes) -> int:
+        return self._open(Btf(blob))
+
+    def btf_info(self, fd: int) -> BtfInfo:
+        return self._btf(fd).info
+
+    def btf_data(self, fd: int) -> bytes:
+        return self._btf(fd).blob
+
+    def _btf(self, fd: int) -> Btf:
+        found = self._handle(fd)
+        if not isinstance(found, Btf):
+            raise refused(errno.EINVAL)
+        return found
 
     # Pins and ids.
 
@@ -320,11 +390,17 @@ class EmulatorBackend:
 
     def open_by_id(self, kind: ObjectKind, id: int) -> int:
         found = _OBJECTS[kind].get(id)
+        if isinstance(found, Map) and not found.users:
+            found = None
+            _let_go()
+            found = MAPS.get(id)
         if found is None:
             raise refused(errno.ENOENT)
         return self._reopen(found)
 
     def ids(self, kind: ObjectKind) -> list[int]:
+        if kind == "map" and any(not found.users for found in list(MAPS.values())):
+            _let_go()
         return sorted(_OBJECTS[kind])
 
     # Links.
@@ -364,6 +440,15 @@ class EmulatorBackend:
         found = self.link(link)
         with network.current().lock:
             found.detach()
+
+    def program_attach(
+        self, program: int, target: int, attach_type: str, flags: int = 0, replaced: int | None = None
+    ) -> None:
+        self.program(program)
+        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
+
+    def program_detach(self, program: int | None, target: int, attach_type: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
 
     def link_info(self, link: int) -> LinkInfo:
         return self.link(link).info
@@ -459,6 +544,11 @@ class EmulatorBackend:
         socket: SocketLike | None = None,
     ) -> tuple[str, ...]:
         return refused_by_object(operation, errno)
+
+
+def _let_go() -> None:
+    """Have maps gone that nobody holds: they and their elements refer to each other, which only a collection ends."""
+    gc.collect()
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 
-from kbpf.backend import Attached, LinkInfo
+from kbpf.backend import Attached
 from kbpf.emulator.attach_types import EXPECTED, numbers
 from kbpf.emulator.cgroups import Group, Place, place
 from kbpf.emulator.links import LINKS, Descriptors, Link
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.maps.cgroup import SharedCgroupStorage
 from kbpf.emulator.program import Program
+from kbpf.info import LinkInfo
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import ATTACH_TYPES
 

@@ -11,8 +11,8 @@ import itertools
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
-from kbpf.backend import LinkInfo
 from kbpf.emulator.slot import error
+from kbpf.info import LinkInfo
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import ATTACH_TYPES
 
@@ -83,8 +83,12 @@ class Link:
     def closed(self) -> None:
         self.users -= 1
         if not self.users:
-            self.detach()
+            self.gone()
             LINKS.pop(self.id, None)
+
+    def gone(self) -> None:
+        """Nobody holds the link any more."""
+        self.detach()
 
 
 _ids = itertools.count(1)

@@ -17,15 +17,20 @@ from weakref import WeakValueDictionary
 
 from kbpf.backend import Engine, LoadRefused, object_name
 from kbpf.emulator import attach_types, calls, checks, engines, helpers, ksyms, reach
+from kbpf.emulator.btf import described
 from kbpf.emulator.checks import invalid
 from kbpf.emulator.classic import ClassicProgram as ClassicProgram
 from kbpf.emulator.context import SkBuff
+from kbpf.emulator.environment import environment
 from kbpf.emulator.helpers.maps import tail_target
 from kbpf.emulator.interpreter import BUDGET, Code, Context, link
 from kbpf.emulator.maps.array import Array
 from kbpf.emulator.maps.base import Map
 from kbpf.emulator.maps.cgroup import SharedCgroupStorage
+from kbpf.emulator.maps.descriptors import ProgArray
 from kbpf.emulator.packet import Packet
+from kbpf.emulator.statistics import Runs, Switch, counted
+from kbpf.info import ProgramInfo
 from kbpf.isa import ebpf
 from kbpf.specs import ProgramSpec
 from kbpf.uapi import constants as uapi
@@ -114,18 +119,49 @@ class Program:
         self.maps: list[Map] = []
         #: Variables and functions of the kernel that it refers to.
         self.kernel_symbols: list[ksyms.Symbol] = []
+        #: The maps that instructions refer to, by index.
+        self._referred: dict[int, Map] = {}
         constants = self._resolve(maps, map_of)
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
                 helpers.check(imm, spec.type, self.attach_type, self.gpl_compatible, self.sleepable)
+        for used in self.maps:
+            if isinstance(used, ProgArray):
+                _claim(used, spec.type)
         self.code: Code = link(spec.instructions, constants, helpers.functions(spec.type), tail_target)
         self.code.program = weakref.ref(self)
         self.code.engine = engine
         #: Its test runs in native code, once they have been made; False where there are none.
         self.test_runs: NativeTestRuns | Literal[False] | None = None
         self.tag = _tag(spec)
+        self.btf = described(spec.btf)
+        self.load_time_ns = environment.clock() + environment.suspended
+        self.uid = environment.uid_gid() & 0xFFFFFFFF
+        self.runs = Runs()
         self.id = next(_ids)
         PROGRAMS[self.id] = self
+
+    @property
+    def info(self) -> ProgramInfo:
+        return ProgramInfo(
+            type=self.type,
+            id=self.id,
+            name=self.name,
+            tag=self.tag,
+            map_ids=tuple(used.id for used in self.maps),
+            gpl_compatible=self.gpl_compatible,
+            load_time_ns=self.load_time_ns,
+            uid=self.uid,
+            xlated_size=8 * len(self.spec.instructions),
+            run_time_ns=self.runs.time_ns,
+            run_count=self.runs.count,
+            btf_id=0 if self.btf is None else self.btf.id,
+        )
+
+    def bind(self, map: Map) -> None:
+        """BPF_PROG_BIND_MAP: keep a map that no instruction refers to."""
+        if map not in self.maps:
+            self.maps.append(map)
 
     def run_packet(self, packet: Packet) -> int:
         """Run over a packet; returns the low 32 bits of R0. Raises `EmulationFault`."""
@@ -133,7 +169,18 @@ class Program:
 
     def execute(self, packet: Packet, data: bytes, context: Context | None = None) -> int:
         """Run over a packet, whose bytes from offset 0 on are `data`, with a context made for it, or an own one."""
-        return engines.execute(self.code, self, packet, data, context=context)
+        if not Switch.users:
+            return engines.execute(self.code, self, packet, data, context=context)
+        with counted(self.runs):
+            return engines.execute(self.code, self, packet, data, context=context)
+
+    @property
+    def xlated(self) -> bytes:
+        """The instructions as the kernel shows them (`bpf_insn_prepare_dump`): maps by id, variables and all."""
+        shown = list(self.spec.instructions)
+        for pc, found in self._referred.items():
+            shown[pc] = shown[pc]._replace(src=_REFERENCES[shown[pc].src], imm=ebpf.signed32(found.id))
+        return ebpf.encode(shown)
 
     @cached_property
     def context_end(self) -> int:
@@ -162,7 +209,8 @@ class Program:
                 constants[pc] = symbol.handle.address
                 continue
             offset = instructions[pc + 1].imm & 0xFFFFFFFF
-            constants[pc] = self._map_constant(self._map(src, imm, maps, map_of), src, offset)
+            self._referred[pc] = self._map(src, imm, maps, map_of)
+            constants[pc] = self._map_constant(self._referred[pc], src, offset)
         return constants
 
     def _map(self, src: int, imm: int, maps: Sequence[Map], map_of: Callable[[int], Map]) -> Map:
@@ -201,6 +249,13 @@ class Program:
         if offset >= found.value_size:
             raise invalid(f"direct value offset of {offset} is not allowed")
         return found.value_address(offset)
+
+
+def _claim(programs: ProgArray, type: str) -> None:
+    try:
+        programs.claim(type)
+    except OSError as error:
+        raise LoadRefused(error.errno or 0, "") from None
 
 
 def _tag(spec: ProgramSpec) -> bytes:

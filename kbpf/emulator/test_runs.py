@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable
 from typing import TypeAlias
@@ -20,6 +21,7 @@ from kbpf.emulator.context import ACCESS
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.maps.cgroup import values_of_a_test
 from kbpf.emulator.program import Program
+from kbpf.emulator.statistics import Switch
 from kbpf.errors import ENOTSUPP
 
 #: Takes the program, data, context and how to run it; raises `OSError` with the kernel's errno.
@@ -60,7 +62,11 @@ def values(program: Program, packets: list[bytes], context: bytes) -> array[int]
     out = array("I")
     while len(out) < len(packets):
         if native is not None:
-            out.extend(native.run(program, packets[len(out) : len(out) + _AT_ONCE]))
+            start = time.perf_counter_ns()
+            done = native.run(program, packets[len(out) : len(out) + _AT_ONCE])
+            if Switch.users:
+                program.runs.add(len(done), time.perf_counter_ns() - start)
+            out.extend(done)
         if len(out) < len(packets):
             try:
                 out.append(run(program, packets[len(out)], context).value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from kbpf.uapi.enums import COMMANDS
 from kbpf.uapi.structs import ATTRS, STRUCTS, Struct
 
 # What the kernel calls the files behind the descriptors that each info structure tells of.
-_FILES = {"bpf_map_info": "bpf-map", "bpf_prog_info": "bpf-prog", "bpf_link_info": "bpf_link", "bpf_btf_info": "btf"}
+_FILES = {
+    "bpf_map_info": ("bpf-map",),
+    "bpf_prog_info": ("bpf-prog",),
+    # The one that made it, and those by id and from pins.
+    "bpf_link_info": ("bpf_link", "bpf-link"),
+    "bpf_btf_info": ("btf",),
+}
 
 
 def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:
@@ -63,10 +70,13 @@ class Info:
 
     def __init__(self, kind: str, fd: int, **asked: int) -> None:
         self._layout = STRUCTS[kind]
+        self._fd = fd
         _expect(fd, kind)
         memory = syscall.Buffer(bytes(pack(self._layout, dict(asked))))
-        command("obj_get_info_by_fd", bpf_fd=fd, info_len=memory.size, info=memory.address)
-        self._data = memory.read()
+        attr = Attr("obj_get_info_by_fd", bpf_fd=fd, info_len=memory.size, info=memory.address)
+        attr.issue()
+        #: As much as the kernel has of it: an older one has less.
+        self._data = memory.read(attr["info_len"])
 
     def __getitem__(self, name: str) -> int:
         return member(self._layout, self._data, name)
@@ -79,6 +89,30 @@ class Info:
         field = self._layout.fields[name]
         return self._data[field.offset : field.offset + field.size * field.count]
 
+    def string(self, address: str, length: str) -> str:
+        """A C string that the kernel writes elsewhere, asked for with a second call; empty where there is none."""
+        size = self[length]
+        if not size:
+            return ""
+        # The length that the kernel gives counts the NUL byte for some, and not for others.
+        memory = syscall.Buffer(size + 1)
+        Info(self._layout.name, self._fd, **{address: memory.address, length: memory.size})
+        return os.fsdecode(memory.read().split(b"\0")[0])
+
+
+def fdinfo(fd: int) -> dict[str, str]:
+    """What only a descriptor's file in /proc tells, line by line; empty without /proc."""
+    text = read_text(f"/proc/thread-self/fdinfo/{fd}") or ""
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def read_text(path: str) -> str | None:
+    """A small file of /proc or /sys, stripped; None where it is not there or may not be read."""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
 
 def _expect(fd: int, kind: str) -> None:
     """Refuse a descriptor of something else, of which the kernel would tell with another structure."""
@@ -86,5 +120,5 @@ def _expect(fd: int, kind: str) -> None:
         found = str(Path(f"/proc/thread-self/fd/{fd}").readlink()).removeprefix("anon_inode:")
     except OSError:
         return  # Not open, which the kernel says itself, or no /proc.
-    if found != _FILES[kind]:
-        raise OSError(errno.EINVAL, f"the descriptor is of {found}, not {_FILES[kind]}")
+    if found not in _FILES[kind]:
+        raise OSError(errno.EINVAL, f"the descriptor is of {found}, not {_FILES[kind][0]}")

@@ -10,6 +10,8 @@ from functools import cache
 from typing import Literal
 
 from kbpf.backend import Backend, SocketLike
+from kbpf.kernel.btf import BtfCommands
+from kbpf.kernel.iterators import IteratorCommands
 from kbpf.kernel.links import LinkCommands
 from kbpf.kernel.maps import MapCommands
 from kbpf.kernel.objects import ObjectCommands
@@ -18,7 +20,16 @@ from kbpf.kernel.sockets import SocketCalls
 from kbpf.kernel.tracing import TracingCommands
 
 
-class KernelBackend(MapCommands, ProgramCommands, LinkCommands, ObjectCommands, SocketCalls, TracingCommands):
+class KernelBackend(
+    MapCommands,
+    ProgramCommands,
+    LinkCommands,
+    IteratorCommands,
+    BtfCommands,
+    ObjectCommands,
+    SocketCalls,
+    TracingCommands,
+):
     """`kbpf.backend.Backend` on the running kernel."""
 
     name: Literal["kernel"] = "kernel"

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from kbpf.backend import Batch, MapInfo, object_name
+from kbpf.backend import Batch, object_name
+from kbpf.info import MapInfo
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, Info, command
+from kbpf.kernel.attrs import Attr, Info, command, fdinfo
 from kbpf.kernel.btf import loaded_btf, read_btf
+from kbpf.kernel.programs import TYPE_NAMES as PROGRAM_TYPE_NAMES
+from kbpf.kernel.tokens import command_with_token
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_F_NUMA_NODE
 from kbpf.uapi.enums import COMMANDS, MAP_TYPES
@@ -58,23 +61,24 @@ class MapCommands:
             "map_extra": spec.map_extra,
         }
         if not (spec.btf and spec.btf_value_type_id):
-            return command("map_create", **values)
+            return command_with_token("map_create", **values)
         with loaded_btf(spec.btf) as btf:
             if btf is None:
-                return command("map_create", **values)
+                return command_with_token("map_create", **values)
             described = {"btf_key_type_id": spec.btf_key_type_id, "btf_value_type_id": spec.btf_value_type_id}
             try:
-                return command("map_create", btf_fd=btf, **described, **values)
+                return command_with_token("map_create", btf_fd=btf, **described, **values)
             except OSError as refused:
                 # Some map types take no BTF, others only newer kernels give it. If that was not why, say what was.
                 try:
-                    return command("map_create", **values)
+                    return command_with_token("map_create", **values)
                 except OSError:
                     raise refused from None
 
     def map_info(self, fd: int) -> MapInfo:
-        info = Info("bpf_map_info", fd)
+        info, file = Info("bpf_map_info", fd), fdinfo(fd)
         number = info["type"]
+        owner = file.get("owner_prog_type")
         return MapInfo(
             _TYPE_NAMES.get(number, str(number)),
             info["id"],
@@ -87,6 +91,11 @@ class MapCommands:
             info["btf_id"],
             info["btf_key_type_id"],
             info["btf_value_type_id"],
+            info["ifindex"],
+            int(file.get("memlock", 0)),
+            file.get("frozen") == "1",
+            "" if owner is None else PROGRAM_TYPE_NAMES.get(int(owner), owner),
+            file.get("owner_jited") == "1",
         )
 
     def map_btf(self, fd: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Pins (Linux 4.4), ids (4.13) and descriptors of maps, programs and links."""
+"""Pins (Linux 4.4), ids (4.13) and descriptors of maps, programs, links (ids: 5.8) and BTF (4.18, ids: 5.1)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, command
 
 # How bpf(2) abbreviates them in its commands and attributes.
-_PREFIX = {"map": "map", "program": "prog", "link": "link"}
+_PREFIX = {"map": "map", "program": "prog", "link": "link", "btf": "btf"}
 
 
 class ObjectCommands:
-    """The part of the backend that maps, programs and links have in common."""
+    """The part of the backend that all objects have in common."""
 
     def close(self, fd: int) -> None:
         os.close(fd)

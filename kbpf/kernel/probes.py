@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from kbpf.kernel.attrs import command
+from kbpf.kernel.attrs import read_text as read_text
+from kbpf.kernel.tokens import command_with_token, in_initial_user_namespace
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import MAP_TYPES
 
@@ -78,9 +79,6 @@ _OPEN_MAPS = frozenset(
     ]
 )
 _NET_ADMIN_MAPS = frozenset(["sockmap", "sockhash", "devmap", "devmap_hash", "xskmap"])
-
-# The inode of /proc/PID/ns/user in the first user namespace: fixed by the kernel (PROC_USER_INIT_INO).
-_INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 
 
 class Privileges(NamedTuple):
@@ -166,13 +164,6 @@ def bpf_answers() -> int:
     return 0
 
 
-def in_initial_user_namespace() -> bool:
-    try:
-        return Path("/proc/self/ns/user").stat().st_ino == _INITIAL_USER_NAMESPACE
-    except OSError:
-        return True  # No /proc, or a kernel without user namespaces.
-
-
 def lockdown() -> str | None:
     """The level of kernel lockdown; None where securityfs is not mounted or the kernel has no lockdown."""
     text = read_text("/sys/kernel/security/lockdown")
@@ -188,14 +179,6 @@ def bpffs() -> str | None:
     return None
 
 
-def read_text(path: str) -> str | None:
-    """A small file of /proc or /sys, stripped; None where it is not there or may not be read."""
-    try:
-        return Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
 def _status() -> dict[str, str]:
     # Capabilities belong to the thread.
     text = read_text("/proc/thread-self/status") or ""
@@ -204,7 +187,7 @@ def _status() -> dict[str, str]:
 
 def _may_create_map() -> bool:
     try:
-        fd = command("map_create", map_type=MAP_TYPES["array"], key_size=4, value_size=4, max_entries=1)
+        fd = command_with_token("map_create", map_type=MAP_TYPES["array"], key_size=4, value_size=4, max_entries=1)
     except OSError as error:
         # Lack of memory or descriptors says nothing about permission: the user's own call is to report that.
         return error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS)

@@ -6,18 +6,20 @@ import errno
 from array import array
 from collections.abc import Iterator, Sequence
 
-from kbpf.backend import Engine, LoadRefused, ProgramInfo, RawRun, TraceStep, object_name
+from kbpf.backend import Engine, LoadRefused, RawRun, TraceStep, object_name
+from kbpf.info import ProgramInfo
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
-from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, Info, command
-from kbpf.kernel.btf import loaded_btf
+from kbpf.kernel import kallsyms, syscall
+from kbpf.kernel.attrs import Attr, Info, command, fdinfo
+from kbpf.kernel.btf import kernel_type, loaded_btf
+from kbpf.kernel.tokens import command_with_token
 from kbpf.specs import ProgramSpec
-from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES
+from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES, BPF_STATS_RUN_TIME
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES
 from kbpf.uapi.structs import STRUCTS
 
-_TYPE_NAMES = {number: name for name, number in PROG_TYPES.items()}
+TYPE_NAMES = {number: name for name, number in PROG_TYPES.items()}
 
 # The verifier's log: room at first, and the most that is tried for. What does not fit then is cut by the
 # kernel, at the start since Linux 6.4, at the end before.
@@ -42,6 +44,10 @@ class ProgramCommands:
             attach_type = ATTACH_TYPES[attach_type]
         if spec.type not in PROG_TYPES:
             raise LoadRefused(errno.EINVAL, f'no program type is called "{spec.type}"')
+        try:
+            attached_type = _attached_type(spec)
+        except OSError as error:
+            raise LoadRefused(error.errno or errno.ENOENT, error.strerror or "") from None
         instructions = syscall.Buffer(ebpf.encode(_with_descriptors(spec.instructions, maps)))
         license = syscall.Buffer(spec.license.encode() + b"\0")
         func_info, line_info = syscall.Buffer(spec.func_info), syscall.Buffer(spec.line_info)
@@ -53,6 +59,7 @@ class ProgramCommands:
             "prog_flags": spec.flags,
             "prog_name": object_name(spec.name).encode(),
             "expected_attach_type": attach_type,
+            "attach_btf_id": attached_type,
         }
         with loaded_btf(spec.btf) as btf:
             if btf is not None:
@@ -64,15 +71,55 @@ class ProgramCommands:
         count = Info("bpf_prog_info", fd)["nr_map_ids"]
         ids = syscall.Buffer(4 * count)
         info = Info("bpf_prog_info", fd, nr_map_ids=count, map_ids=ids.address if count else 0)
-        number = info["type"]
+        number, file = info["type"], fdinfo(fd)
         return ProgramInfo(
-            _TYPE_NAMES.get(number, str(number)),
+            TYPE_NAMES.get(number, str(number)),
             info["id"],
             info.text("name"),
             info.raw("tag"),
-            tuple(memoryview(ids.read()).cast("I")),
+            # A map may have been bound in between, or a kernel hide them.
+            tuple(memoryview(ids.read(4 * info["nr_map_ids"])).cast("I")),
             bool(info["gpl_compatible"]),
+            info["load_time"],
+            info["created_by_uid"],
+            info["xlated_prog_len"],
+            info["jited_prog_len"],
+            info["run_time_ns"],
+            info["run_cnt"],
+            info["recursion_misses"],
+            info["verified_insns"],
+            info["btf_id"],
+            info["attach_btf_id"],
+            info["attach_btf_obj_id"],
+            info["ifindex"],
+            int(file.get("memlock", 0)),
         )
+
+    def program_code(self, fd: int, jited: bool = False) -> bytes:
+        kind = "jited" if jited else "xlated"
+        memory = syscall.Buffer(Info("bpf_prog_info", fd)[f"{kind}_prog_len"])
+        if not memory.size:
+            return b""
+        info = Info("bpf_prog_info", fd, **{f"{kind}_prog_insns": memory.address, f"{kind}_prog_len": memory.size})
+        # The kernel takes the address away where it gives nothing.
+        return memory.read() if info[f"{kind}_prog_insns"] else b""
+
+    def call_name(self, imm: int) -> str:
+        # The kernel has put in how far the function is from one of its own.
+        return kallsyms.function_at(imm)
+
+    def program_bind_map(self, program: int, map: int) -> None:
+        command("prog_bind_map", prog_fd=program, map_fd=map)
+
+    def program_stream(self, fd: int, stream: int, size: int) -> bytes:
+        memory = syscall.Buffer(size)
+        read = command(
+            "prog_stream_read_by_fd", stream_buf=memory.address, stream_buf_len=size, stream_id=stream, prog_fd=fd
+        )
+        return memory.read(read)
+
+    def statistics_enable(self) -> int:
+        return command("enable_stats", type=BPF_STATS_RUN_TIME)
 
     def program_run(
         self, fd: int, data: bytes, context: bytes, repeat: int = 1, flags: int = 0, cpu: int = 0, batch_size: int = 0
@@ -142,6 +189,16 @@ def _with_descriptors(instructions: Sequence[Instruction], maps: Sequence[int]) 
     return rewritten
 
 
+def _attached_type(spec: ProgramSpec) -> int:
+    """The id of the kernel's function or type that the program is for, by the name that its section has; 0 for none."""
+    if spec.type not in ("tracing", "lsm") or not spec.attach_to:
+        return 0
+    if spec.expected_attach_type == "trace_raw_tp":
+        return kernel_type(f"btf_trace_{spec.attach_to}", "typedef")
+    prefix = {"trace_iter": "bpf_iter_", "lsm_mac": "bpf_lsm_", "lsm_cgroup": "bpf_lsm_"}
+    return kernel_type(prefix.get(str(spec.expected_attach_type), "") + spec.attach_to, "func")
+
+
 def _records(kind: str, memory: syscall.Buffer) -> dict[str, int]:
     """The attributes for an array of ``struct bpf_func_info`` or ``bpf_line_info``."""
     if not memory.size:
@@ -153,14 +210,15 @@ def _records(kind: str, memory: syscall.Buffer) -> dict[str, int]:
 def _load(values: dict[str, int | bytes], log_level: int) -> int:
     """Load; when it is refused, again with a log, and with room for more of it as long as it does not fit."""
     try:
-        return command("prog_load", **values)
+        return command_with_token("prog_load", **values)
     except OSError as error:
         refused = error.errno or 0
     room = _LOG_ROOM
     while True:
         log = syscall.Buffer(room)
         try:
-            return command("prog_load", log_level=log_level or 1, log_buf=log.address, log_size=room, **values)
+            logged = {"log_level": log_level or 1, "log_buf": log.address, "log_size": room}
+            return command_with_token("prog_load", **logged, **values)
         except OSError as error:
             if error.errno != errno.ENOSPC or room == _LOG_MOST:
                 raise LoadRefused(refused, log.read().split(b"\0")[0].decode(errors="replace")) from None

@@ -10,8 +10,9 @@ import os
 import struct
 from pathlib import Path
 
+from kbpf.info import TaskEvent
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import command
+from kbpf.kernel.attrs import Attr, command
 from kbpf.specs import EventSource, PerfEvent, RawTracepoint, Tracepoint, Uprobe
 from kbpf.uapi.constants import PERF_TYPE_TRACEPOINT
 from kbpf.uapi.enums import ATTACH_TYPES
@@ -19,6 +20,10 @@ from kbpf.uapi.enums import ATTACH_TYPES
 #: struct perf_event_attr as of Linux 2.6.33: type, size, config, period, what is sampled and read, flags, when to wake
 #: up, a breakpoint's type, and two more words of configuration.
 _ATTR = struct.Struct("=IIQQQQQIIQQ")
+#: By enum bpf_task_fd_type.
+_TASK_EVENTS = ("raw_tracepoint", "tracepoint", "kprobe", "kretprobe", "uprobe", "uretprobe")
+#: Bytes of the longest name of an event: a path.
+_NAME_ROOM = 4096
 _TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 _UPROBES = Path("/sys/bus/event_source/devices/uprobe")
 
@@ -42,6 +47,14 @@ class TracingCommands:
             )
         finally:
             os.close(event)
+
+    def event_query(self, pid: int, fd: int) -> TaskEvent:
+        name = syscall.Buffer(_NAME_ROOM)
+        attr = Attr("task_fd_query", pid=pid, fd=fd, buf=name.address, buf_len=name.size)
+        attr.issue()
+        text = os.fsdecode(name.read().split(b"\0")[0])
+        type = _TASK_EVENTS[attr["fd_type"]]
+        return TaskEvent(attr["prog_id"], type, text, attr["probe_offset"], attr["probe_addr"])
 
 
 def _open(source: Tracepoint | Uprobe | PerfEvent) -> int:

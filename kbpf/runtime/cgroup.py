@@ -52,4 +52,4 @@ def attach_to_cgroup(
             fd = backend.link_create(program.fileno(), group, hook, flags, relative)
         finally:
             backend.close(group)
-    return CgroupLink(backend, fd, program, where)
+    return CgroupLink.of(program, where, fd)

@@ -57,7 +57,7 @@ def attach_to_interface(
     with doing(backend, f"attach {program.label} to {where}", operation="link_create", program_type=program.type):
         index = interface if isinstance(interface, int) else backend.interface_index(interface)
         fd = backend.link_create(program.fileno(), index, place, flags, relative)
-    return InterfaceLink(backend, fd, program, where)
+    return InterfaceLink.of(program, where, fd)
 
 
 def interface_index(name: str, backend: str | None = None) -> int:

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kbpf.backend import Backend, LinkInfo
+from kbpf.backend import Backend
 from kbpf.errors import BpfError
+from kbpf.info import LinkInfo
 from kbpf.isa import cbpf
+from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.filter import Filter
 from kbpf.runtime.program import Program
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from kbpf.specs import Layout
 
 Self = TypeVar("Self", bound="Link")
+Made = TypeVar("Made", bound="BpfLink")
 
 
 class Link(ABC):
@@ -31,6 +34,35 @@ class Link(ABC):
     @abstractmethod
     def backend(self) -> str:
         """``"kernel"`` or ``"emulator"``."""
+
+    @staticmethod
+    def open(
+        *, path: str | None = None, id: int | None = None, fd: int | None = None, backend: str | None = None
+    ) -> BpfLink:
+        """Open an existing BPF link by pin, id or inherited descriptor; exactly one of them.
+
+        By `fd` the descriptor is duplicated: the caller keeps its own. By `id` CAP_SYS_ADMIN is needed. Gives an
+        `InterfaceLink`, `CgroupLink` or `IteratorLink` where it is one. Its ``attached`` is None, and ``program()``
+        opens what it is. Raises `BpfError` (ENOENT) where there is none, EINVAL where it is no link.
+        """
+        chosen = select(backend)
+        given = [what for what in (path, id, fd) if what is not None]
+        if len(given) != 1:
+            raise TypeError("Link.open() takes exactly one of path, id and fd")
+        with doing(chosen, f"open link {given[0]!r}", operation="obj_get" if path is not None else "link_get_fd_by_id"):
+            if path is not None:
+                opened = chosen.open_pinned(path)
+            elif fd is not None:
+                opened = chosen.duplicate(fd)
+            else:
+                opened = chosen.open_by_id("link", id or 0)
+        try:
+            with doing(chosen, f"read the info of link {given[0]!r}", operation="obj_get_info_by_fd"):
+                info = chosen.link_info(opened)
+        except BaseException:
+            chosen.close(opened)
+            raise
+        return _KINDS.get(info.type, BpfLink)(chosen, opened, f"link {info.id} ({info.type})")
 
     @abstractmethod
     def detach(self) -> bool:
@@ -149,19 +181,31 @@ class BpfLink(Resource, Link):
 
     attached: Program | None
 
-    def __init__(self, backend: Backend, fd: int, attached: Program, where: str) -> None:
-        super().__init__(backend, fd, f"link of {attached.label} to {where}")
+    def __init__(self, backend: Backend, fd: int, label: str, attached: Program | None = None) -> None:
+        super().__init__(backend, fd, label)
         self.attached = attached
+
+    @classmethod
+    def of(cls: type[Made], attached: Program, where: str, fd: int) -> Made:
+        """Take over the descriptor of a link that was made of a program."""
+        return cls(attached._backend, fd, f"link of {attached.label} to {where}", attached)
 
     @property
     def info(self) -> LinkInfo:
-        """The link's type and id, its program's id, and the interface's index or the group's id, 0 once it is off."""
+        """The link's type and id, its program's id, and what is told of where it leads.
+
+        The interface's index and the group's id are 0 once it is off.
+        """
         with doing(self._backend, f"read the info of the {self.label}", operation="obj_get_info_by_fd"):
             return self._backend.link_info(self.fileno())
 
     @property
     def id(self) -> int:
         return self.info.id
+
+    def program(self) -> Program:
+        """Open the program that it is a link of, by its id: the caller closes it. Needs CAP_SYS_ADMIN."""
+        return Program.open(id=self.info.program_id, backend=self.backend)
 
     def update(self, program: Program, *, expected: Program | None = None) -> None:
         """BPF_LINK_UPDATE: another program of the same type in its place, with no moment between them without one.
@@ -205,3 +249,31 @@ class InterfaceLink(BpfLink):
 
 class CgroupLink(BpfLink):
     """What `Program.attach` gives for a control group."""
+
+
+class IteratorLink(BpfLink):
+    """What `Program.iterator` gives: each `read` walks over all that there is then."""
+
+    def read(self) -> bytes:
+        """What the program writes in one walk (BPF_ITER_CREATE and read(2), Linux 5.8): all of it.
+
+        Raises `BpfError` for the errno with which a program ends a walk (EAGAIN when it returns 1 without end).
+        """
+        with doing(self._backend, f"walk the {self.label}", operation="iter_create"):
+            walk = self._backend.iterator_open(self.fileno())
+            try:
+                return b"".join(iter(lambda: self._backend.read(walk, _WALK_BYTES), b""))
+            finally:
+                self._backend.close(walk)
+
+
+#: Bytes that are read of a walk at once: the kernel has a buffer of eight pages.
+_WALK_BYTES = 1 << 15
+#: By bpftool's name of the link type; the others are links of no special kind.
+_KINDS: dict[str, type[BpfLink]] = {
+    "xdp": InterfaceLink,
+    "tcx": InterfaceLink,
+    "netkit": InterfaceLink,
+    "cgroup": CgroupLink,
+    "iter": IteratorLink,
+}

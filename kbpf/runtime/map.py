@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kbpf.backend import Backend, object_name
 from kbpf.errors import BpfError, MapFullError
+from kbpf.info import MapInfo
 from kbpf.runtime.backends import select
 from kbpf.runtime.codecs import Codec, codec, per_cpu_codec
 from kbpf.runtime.failures import doing, translate
@@ -155,6 +156,12 @@ class Map(Resource, MutableMapping[Any, Any]):
         """The map's id, by which others find it."""
         with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
             return self._backend.map_info(self.fileno()).id
+
+    @property
+    def info(self) -> MapInfo:
+        """What there is to tell of it now, as ``bpftool map show`` does."""
+        with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.map_info(self.fileno())
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.backend

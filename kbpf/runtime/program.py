@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from kbpf.backend import Backend, Engine, TraceStep
 from kbpf.errors import BpfError, VerifierError
+from kbpf.info import ProgramInfo
+from kbpf.isa.ebpf import Instruction, decode
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
 from kbpf.runtime.packets import Packets, listed_packets
 from kbpf.runtime.resource import Resource
 from kbpf.specs import ProgramSpec
+from kbpf.uapi import constants as uapi
 
 if TYPE_CHECKING:
     from kbpf.runtime.event_link import EventLink
-    from kbpf.runtime.link import BpfLink, Link, SocketLink
+    from kbpf.runtime.link import BpfLink, IteratorLink, Link, SocketLink
     from kbpf.specs import EventSource
 
 # The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
@@ -33,6 +36,10 @@ _CONTEXTS = {
     "flow_dissector": "bpf_flow_keys",
     "sk_lookup": "bpf_sk_lookup",
 }
+
+
+#: Bytes that are read of a stream at once.
+_STREAM_BYTES = 4096
 
 
 class RunResult(NamedTuple):
@@ -122,6 +129,75 @@ class Program(Resource):
         """The digest of the instructions, sixteen hexadecimal digits, as bpftool shows it."""
         with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
             return self._backend.program_info(self.fileno()).tag.hex()
+
+    @property
+    def info(self) -> ProgramInfo:
+        """What there is to tell of it now, run counts and all, as ``bpftool prog show`` does."""
+        with doing(self._backend, f"read the info of {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.program_info(self.fileno())
+
+    def xlated(self) -> tuple[Instruction, ...]:
+        """The instructions as they run, after the verifier has rewritten them; maps are named by their ids.
+
+        Empty for those who may not read them. The emulator rewrites nothing.
+        """
+        with doing(self._backend, f"read the instructions of {self.label}", operation="obj_get_info_by_fd"):
+            return decode(self._backend.program_code(self.fileno()))
+
+    def jited(self) -> bytes:
+        """The native code that runs, of all functions; empty where there is none or it may not be read.
+
+        The emulator's native code is not shown.
+        """
+        with doing(self._backend, f"read the native code of {self.label}", operation="obj_get_info_by_fd"):
+            return self._backend.program_code(self.fileno(), jited=True)
+
+    def dump(self) -> str:
+        """`xlated` as ``bpftool prog dump xlated`` lists it, a line an instruction."""
+        from kbpf.asm.ebpf_listing import listing
+
+        return listing(self.xlated(), self._backend.call_name)
+
+    def bind_map(self, map: Map) -> None:
+        """BPF_PROG_BIND_MAP (Linux 5.10): keep a map that its instructions do not name, as long as the program lives.
+
+        Such a map is a place for data about the program; see ``info.map_ids``.
+        """
+        with doing(self._backend, f"bind {map.label} to {self.label}", operation="prog_bind_map"):
+            self._backend.program_bind_map(self.fileno(), map.fileno())
+
+    def read_stream(self, name: Literal["stdout", "stderr"] = "stderr") -> str:
+        """Take what the program and the kernel have written about it (bpf_stream_vprintk, Linux 6.17).
+
+        On ``stderr`` the kernel says what it stopped a program for.
+        """
+        stream = {"stdout": uapi.BPF_STREAM_STDOUT, "stderr": uapi.BPF_STREAM_STDERR}[name]
+        with doing(self._backend, f"read the {name} of {self.label}", operation="prog_stream_read_by_fd"):
+            read = self._backend.program_stream
+            parts = iter(lambda: read(self.fileno(), stream, _STREAM_BYTES), b"")
+            return b"".join(parts).decode(errors="replace")
+
+    def iterator(
+        self, *, map: Map | None = None, cgroup: str | os.PathLike[str] | None = None, pid: int = 0, tid: int = 0
+    ) -> IteratorLink:
+        """Make an iterator of a program of type ``tracing`` for ``trace_iter`` (Linux 5.8), such as SEC("iter/task").
+
+        It goes over all there are, or the elements of `map`, the groups below the directory `cgroup` (6.1), or what
+        belongs to the process `pid` or the thread `tid` (6.1), as the kind of iterator has it. The kernel's alone.
+        Raises `BpfError` (EINVAL) for a program that is no iterator, or is one over something else.
+        """
+        from kbpf.runtime.link import IteratorLink
+
+        backend = self._backend
+        with doing(backend, f"make an iterator of {self.label}", operation="link_create", program_type=self.type):
+            group = None if cgroup is None else backend.cgroup_open(os.fspath(cgroup))
+            try:
+                over = None if map is None else map.fileno()
+                fd = backend.iterator_link(self.fileno(), map=over, cgroup=group, pid=pid, tid=tid)
+            finally:
+                if group is not None:
+                    backend.close(group)
+        return IteratorLink.of(self, "what it goes over", fd)
 
     def run(
         self,

@@ -7,12 +7,14 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kbpf.backend import MapInfo, object_name
+from kbpf.backend import object_name
 from kbpf.errors import ENOTSUPP
+from kbpf.info import MapInfo
 from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_ANY, BPF_EXIST, BPF_F_NO_PREALLOC, BPF_F_NUMA_NODE, BPF_NOEXIST
@@ -54,7 +56,8 @@ def refused(number: int) -> pytest.RaisesExc[OSError]:
 )
 def test_info_says_what_the_spec_asked_for(kernel: KernelBackend, keep: Keep, spec: MapSpec) -> None:
     info = kernel.map_info(keep(kernel.map_create(spec)))
-    assert info == MapInfo(
+    assert info.memlock > 0 or spec.type == "lpm_trie"  # Which has no memory as long as it is empty.
+    assert replace(info, memlock=0) == MapInfo(
         spec.type, info.id, spec.key_size, spec.value_size, spec.max_entries, spec.flags, spec.name, spec.map_extra
     )
     assert info.id > 0
@@ -239,7 +242,8 @@ DESCRIBED = MapSpec(
 
 def test_btf_comes_back_from_the_kernel(kernel: KernelBackend, keep: Keep) -> None:
     fd = keep(kernel.map_create(DESCRIBED))
-    assert kernel.map_info(fd)[-2:] == (1, 1)
+    info = kernel.map_info(fd)
+    assert (info.btf_key_type_id, info.btf_value_type_id) == (1, 1)
     assert kernel.map_btf(fd) == DESCRIBED.btf
     assert kernel.map_btf(keep(kernel.map_create(ARRAY))) == b""
 

@@ -23,6 +23,7 @@ from kbpf.specs import MapSpec
 from kbpf.uapi import constants as uapi
 
 if TYPE_CHECKING:
+    from kbpf.emulator.btf import Btf
     from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter
 
 #: Above this, memory is taken from mmap(2), which gives pages when they are touched.
@@ -83,6 +84,8 @@ class Map:
     keyless: ClassVar[bool] = False
     #: Types that mmap(2) takes.
     mappable: ClassVar[bool] = False
+    #: For arrays of programs: the type that they take, once one was put in.
+    owner_type: str = ""
 
     def __init__(self, spec: MapSpec, descriptors: Descriptors, inner: int | None = None) -> None:
         """`inner` is the descriptor of the template, for maps of maps."""
@@ -93,6 +96,8 @@ class Map:
         if spec.flags & uapi.BPF_F_RDONLY and spec.flags & uapi.BPF_F_WRONLY:
             raise refused(errno.EINVAL)
         self.spec = spec
+        #: The BTF that describes it, once that has an id.
+        self.btf: Btf | None = None
         self.key_size = spec.key_size
         self.value_size = spec.value_size
         self.max_entries = spec.max_entries

@@ -90,14 +90,16 @@ class ProgArray(DescriptorArray):
 
     type = "prog_array"
 
-    def allocate(self) -> None:
-        super().allocate()
-        self._takes = ""
-
     def code_at(self, index: int) -> Code | None:
         """What a tail call goes on with."""
         program = self._held.get(index)
         return None if program is None else program.code
+
+    def claim(self, type: str) -> None:
+        """A program of this type uses it, or goes into it; EINVAL where others do (`bpf_prog_map_compatible`)."""
+        if self.owner_type not in ("", type):
+            raise refused(errno.EINVAL)
+        self.owner_type = type
 
     def abandoned(self) -> None:
         # Else programs that tail call each other would never go.
@@ -105,7 +107,5 @@ class ProgArray(DescriptorArray):
 
     def resolve(self, descriptor: int) -> Target:
         program: Target = self.descriptors.program(descriptor)
-        if self._takes not in ("", program.type):
-            raise refused(errno.EINVAL)
-        self._takes = program.type
+        self.claim(program.type)
         return program

@@ -21,7 +21,7 @@ def release(map: Map) -> None:
 class MapFile:
     """A map and what may be done with it through this descriptor."""
 
-    __slots__ = ("descriptors", "map", "readable", "writable")
+    __slots__ = ("__weakref__", "descriptors", "map", "readable", "writable")
 
     def __init__(self, map: Map, flags: int = 0) -> None:
         """`flags` are BPF_F_RDONLY or BPF_F_WRONLY, or others, which say nothing here."""
