@@ -106,6 +106,7 @@ class ClassicProgram:
         self._instructions = instructions
         self._loops = loops
         self._code = link(to_ebpf(instructions, loops=loops), ancillary=ANCILLARY_LOADS)
+        engines.check(engine)
         self._code.engine = engine
 
     def run(self, data: bytes, length: int) -> int:
@@ -123,9 +124,14 @@ class ClassicProgram:
         """
         return engines.batch_of(self._code, subject, start, self.network, self.mac)
 
+    @staticmethod
+    def check(engine: Engine) -> None:
+        """Raise `MissingDependencyError` if native code is asked for, and cannot be made."""
+        engines.check(engine)
+
     def has_earned(self, more: int = 0) -> bool:
         """Whether compiling it is worth the while, after what has run and `more` instructions that are to run."""
-        return self._code.work + more > engines.WORTH
+        return engines.has_earned(self._code, more)
 
     def path(self, packet: Packet) -> tuple[int, tuple[int, ...]]:
         """The return value, and the indices of the instructions that ran, in order."""

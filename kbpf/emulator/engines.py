@@ -12,10 +12,11 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from kbpf.backend import Engine
 from kbpf.emulator.interpreter import Code, Context, Run, Subject
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import FUEL
-from kbpf.errors import EmulationWarning
+from kbpf.errors import EmulationWarning, MissingDependencyError
 
 if TYPE_CHECKING:
     from kbpf.emulator.jit.batch import NativeBatch, Start
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from kbpf.emulator.jit.testrun import NativeTestRuns
     from kbpf.emulator.program import Program
 
-#: Instructions in the interpreter that are worth compiling.
-WORTH = 200_000
+#: Instructions in the interpreter that are worth compiling a program of up to `_USUAL` instructions; as often more for
+#: one that has more.
+WORTH, _USUAL = 200_000, 200
 
+_COMMAND = "pip install 'kbpf[jit]'"
 _lock = threading.Lock()
 
 
@@ -39,7 +42,7 @@ def execute(
 ) -> int:
     """Run to the end; returns the low 32 bits of R0. Raises `EmulationFault`."""
     if code.engine != "interpreter":
-        native = code.native or (native_of(code) if code.engine == "jit" or code.work > WORTH else None)
+        native = code.native or (native_of(code) if code.engine == "jit" or has_earned(code) else None)
         if native is not None:
             return native.execute(code, subject, packet, data, length, context)
     run = Run(subject, code, packet, data, length, context)
@@ -49,14 +52,29 @@ def execute(
         code.work += len(code.steps) + subject.budget - run.state[FUEL]
 
 
+def has_earned(code: Code, more: int = 0) -> bool:
+    """Whether compiling it is worth the while, after what has run and `more` instructions that are to run."""
+    work = code.work + more
+    return work > WORTH and work > WORTH * len(code.steps) // _USUAL
+
+
+def check(engine: Engine) -> None:
+    """Raise `MissingDependencyError` if native code is asked for, and what makes it is not installed."""
+    if engine == "jit" and not _found():
+        raise MissingDependencyError(f"llvmlite, which makes native code, is not installed: {_COMMAND}")
+
+
 def native_of(code: Code) -> NativeProgram | None:
     """The code in native code, compiled when it is first asked for; None where the interpreter must run it."""
     if code.native is None and _installed():
         from kbpf.emulator.jit.program import compiled, supports
 
         with _lock:
-            if code.native is None and supports(code):
-                code.native = compiled(code)
+            if code.native is None and code.engine != "interpreter":
+                if supports(code):
+                    code.native = compiled(code)
+                else:
+                    code.engine = "interpreter"
     return code.native
 
 
@@ -76,7 +94,7 @@ def test_runs_of(program: Program, count: int) -> NativeTestRuns | None:
     code = program.code
     if code.engine == "interpreter" or code.linked is None:
         return None
-    if code.engine == "auto" and code.work + count * len(code.steps) <= WORTH:
+    if code.engine == "auto" and not has_earned(code, count * len(code.steps)):
         return None
     if program.test_runs is None and _installed():
         from kbpf.emulator.jit.testrun import native_test_runs
@@ -86,13 +104,17 @@ def test_runs_of(program: Program, count: int) -> NativeTestRuns | None:
     return program.test_runs or None
 
 
+def _found() -> bool:
+    return importlib.util.find_spec("llvmlite") is not None
+
+
 @cache
 def _installed() -> bool:
     """Whether llvmlite is there; says so once where a program would have been compiled."""
-    found = importlib.util.find_spec("llvmlite") is not None
+    found = _found()
     if not found:
         warnings.warn(
-            "llvmlite is not installed, so that emulated programs stay in the interpreter: pip install 'kbpf[jit]'",
+            f"llvmlite is not installed, so that emulated programs stay in the interpreter: {_COMMAND}",
             EmulationWarning,
             stacklevel=2,
         )

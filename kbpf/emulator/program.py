@@ -82,7 +82,8 @@ class Program:
     """A loaded eBPF program.
 
     `maps` are those that the spec's indices mean; `map_of` gives the map behind a descriptor, or raises `OSError`.
-    Raises `LoadRefused` with the kernel's errno.
+    Raises `LoadRefused` with the kernel's errno, and `MissingDependencyError` if `engine` is ``"jit"`` and llvmlite is
+    not installed.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Program:
         budget: int = BUDGET,
         engine: Engine = "auto",
     ) -> None:
+        engines.check(engine)
         self.spec = spec
         self.type = spec.type
         self.budget = budget

@@ -102,12 +102,13 @@ class Filter:
         follows the IP header (UDP, TCP, ping, raw IPv6) it starts with the IP header, for UNIX and netlink sockets with
         the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all there is.
         `engine` is ``"interpreter"``, ``"jit"`` (native code), or ``"auto"``: native code once the filter has run often
-        enough to earn it. Raises `FilterError` if the filter is invalid.
+        enough to earn it. Raises `FilterError` if the filter is invalid, and `MissingDependencyError` if native code is
+        asked for and llvmlite is not installed (``pip install 'kbpf[jit]'``).
         """
         if wirelen is None:
             wirelen = len(packet)
         native = self._native if engine != "interpreter" else False
-        if native is None:
+        if native is None or (engine == "jit" and not native):
             native = self._compiled(engine)
         if native:
             return native.one(bytes(packet), wirelen)
@@ -173,6 +174,7 @@ class Filter:
     def _compiled(self, engine: Engine, work: int = 0) -> NativeBatch | Literal[False] | None:
         """The filter in native code, if it is asked for or has earned it; False where there is none."""
         program = self._emulated or self._prepare()
+        program.check(engine)
         if engine == "jit" or program.has_earned(work):
             start: Start = "transport" if self.layout.start == "transport" else "packet"
             self._native = program.native(start, _Live(self) if self.layout.live else program) or False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import signal
 import struct
-import subprocess
 import sys
 import weakref
 from array import array
@@ -386,26 +385,3 @@ def test_numbers_of_packets_stay_in_their_place(monkeypatch: pytest.MonkeyPatch)
     assert native is not None
     assert bytes(native.over_spans(b"\x01\x00", offsets, sizes, wirelens)) == b"\x01\x00"
     assert len(kept) == 6
-
-
-# What is imported when.
-
-
-def test_llvmlite_is_loaded_when_it_is_needed() -> None:
-    script = """
-import sys, kbpf
-from kbpf.emulator.backend import EmulatorBackend
-from kbpf.emulator.program import Program
-from kbpf.emulator.packet import Packet
-from kbpf.isa.ebpf import Instruction
-from kbpf.specs import ProgramSpec
-backend = EmulatorBackend(sys.argv[1])
-spec = ProgramSpec(instructions=(Instruction(0xB7, 0, 0, 0, 1), Instruction(0x95)))
-program = backend.program(backend.program_load(spec, []))
-assert "llvmlite" not in sys.modules
-program.run_packet(Packet(buffer=b"1"))
-print("llvmlite" in sys.modules)
-"""
-    for engine, expected in (("auto", "False"), ("jit", "True")):
-        done = subprocess.run([sys.executable, "-c", script, engine], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected

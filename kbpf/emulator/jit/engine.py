@@ -16,6 +16,9 @@ declare i64 @llvm.bswap.i64(i64)
 """
 #: How hard LLVM tries, of 0 to 3; at 0 it takes a quarter of the time.
 LEVEL = 2
+#: Functions with more text than this, which is of some thousand instructions, are compiled at 0: LLVM's time grows with
+#: the square.
+_LARGE = 1 << 20
 _lock = threading.Lock()
 
 
@@ -38,7 +41,7 @@ class Compiled:
     """Code in memory, for as long as this is held."""
 
     def __init__(self, text: str) -> None:
-        llvm, level = _llvm(), LEVEL
+        llvm, level = _llvm(), LEVEL if len(text) < _LARGE else 0
         # LLVM's context and its passes are not for several threads at once.
         with _lock:
             module = llvm.parse_assembly(PRELUDE + text)

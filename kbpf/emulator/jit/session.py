@@ -287,7 +287,7 @@ class Session:
         if native.fuel < 0:
             run.exhausted()
         self.code = run.code = code
-        program = None if code.engine == "interpreter" else native_of(code)
+        program = native_of(code)
         if program is None:
             self._interpret(run, code)
             return 0
