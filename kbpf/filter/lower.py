@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from kbpf.errors import FilterError, FilterSyntaxError
-from kbpf.filter import arithmetic, chains, hosts, sets, syntax, tunnels, wireless
+from kbpf.filter import arithmetic, chains, hosts, sets, specials, syntax, tunnels, wireless
 from kbpf.filter.links import IP, IP6, SAP_ISO, Headers
 from kbpf.filter.names import ETHERTYPES, LLC_SAPS, Names
-from kbpf.filter.syntax import Qualifiers
 from kbpf.filter.values import Condition, Pool, every, negated, some
-from kbpf.isa.cbpf import AD_OFF
 from kbpf.specs import Layout
 
 Order = Literal["traffic", "libpcap"]
@@ -283,25 +281,25 @@ class Lowering:
         if kind == "protochain":
             if protocol not in ("", "ip", "ip6"):
                 raise self.fail(f'"protochain" does not go with "{protocol}"', term.position)
-            self._limit(number, 255, "IP protocol", term)
+            self.limit(number, 255, "IP protocol", term)
             return chains.protochain(self, number, protocol)
         if protocol in ("", "ip", "ip6"):
-            self._limit(number, 255, "IP protocol", term)
+            self.limit(number, 255, "IP protocol", term)
             if protocol:
                 return self.ip_protocol(4 if protocol == "ip" else 6, number)
             return self.versions(self.ip_protocol(4, number), self.ip_protocol(6, number), six_first=False)
         if protocol == "link":
-            self._limit(number, 65535, "link-layer protocol", term)
+            self.limit(number, 65535, "link-layer protocol", term)
             return self.headers.carries(number)
         if protocol == "iso":
-            self._limit(number, 255, "OSI protocol", term)
+            self.limit(number, 255, "OSI protocol", term)
             return self._osi(number)
         if protocol == "isis":
-            self._limit(number, 31, "IS-IS PDU", term)
+            self.limit(number, 31, "IS-IS PDU", term)
             return self._isis(number)
         raise self.fail(f'"proto" does not go with "{protocol}"', term.position)
 
-    def _limit(self, number: int, limit: int, what: str, term: syntax.Match | syntax.Special) -> None:
+    def limit(self, number: int, limit: int, what: str, term: syntax.Match | syntax.Special) -> None:
         if number > limit:
             raise self.fail(f"{what} numbers end at {limit}, {number} is too large", term.position)
 
@@ -384,99 +382,6 @@ class Lowering:
             raise self.fail(f'"{operand.text}" is no port of {qualifiers.protocol}', term.position)
         return first, last, named if protocol is None else protocol
 
-    # Metadata
-
-    def _metadata(self, what: str, term: syntax.Special) -> None:
-        if not self.layout.live:
-            raise FilterError(f'"{what}" can be asked of live sockets only, not of {self.headers.describe()}')
-
-    def direction(self, term: syntax.Special) -> Condition:
-        headers = self.headers
-        outgoing = 4
-        if headers.link == "LINUX_SLL":
-            out = headers.link_test(0, 2, outgoing)
-        elif headers.link == "LINUX_SLL2":
-            out = headers.link_test(10, 1, outgoing)
-        else:
-            self._metadata(term.name, term)
-            out = self.pool.test("eq", self.pool.load(None, AD_OFF + 4, 2), outgoing)
-        return out if term.name == "outbound" else negated(out)
-
-    def ifindex(self, term: syntax.Special) -> Condition:
-        index = _number(term, 0)
-        if self.headers.link == "LINUX_SLL2":
-            return self.headers.link_test(4, 4, index)
-        self._metadata(term.name, term)
-        return self.pool.test("eq", self.pool.load(None, AD_OFF + 8, 4), index)
-
-    # Lengths and bytes
-
-    def less(self, term: syntax.Special) -> Condition:
-        return negated(self.pool.test("gt", self.pool.length, _number(term, 0)))
-
-    def greater(self, term: syntax.Special) -> Condition:
-        return self.pool.test("ge", self.pool.length, _number(term, 0))
-
-    def byte(self, term: syntax.Special) -> Condition:
-        offset, operator, k = _number(term, 0), term.arguments[1], _number(term, 2)
-        self._limit(k, 255, "byte", term)
-        byte = self.headers.load(self.headers.header, offset, 1)
-        if operator == "=":
-            return self.pool.test("eq", byte, k)
-        if operator == ">":
-            return self.pool.test("gt", byte, k)
-        if operator == "<":
-            return negated(self.pool.test("ge", byte, k))
-        kind = "and" if operator == "&" else "or"
-        return negated(self.pool.test("eq", self.pool.op(kind, byte, self.pool.const(k)), 0))
-
-    # Broadcast and multicast
-
-    def broadcast(self, term: syntax.Special) -> Condition:
-        if term.protocol in ("", "link"):
-            return hosts.mac(self, [(1 << 48) - 1], Qualifiers("link", "dst", ""), "broadcast")
-        if term.protocol != "ip":
-            raise self.fail(f'"broadcast" does not go with "{term.protocol}"', term.position)
-        if self.netmask is None:
-            raise FilterError('"ip broadcast" needs the network mask, which is not known here')
-        host = ~self.netmask & 0xFFFFFFFF
-        word = self.headers.network_word(16, 4)
-        return every(
-            self.headers.carries(IP), some(self.pool.test("eq", word, 0, host), self.pool.test("eq", word, host, host))
-        )
-
-    def multicast(self, term: syntax.Special) -> Condition:
-        headers = self.headers
-        if term.protocol in ("", "link"):
-            if headers.link in wireless.LINKS:
-                return wireless.multicast(headers)
-            is_ethernet = headers.ethernet(f'"{term.name}"')
-            return every(is_ethernet, negated(headers.link_test(0, 1, 0, 1)))
-        if term.protocol == "ip":
-            if self.order == "libpcap":
-                return every(headers.carries(IP), headers.network_test(16, 1, 0xE0, 0xF0))
-            return every(headers.carries(IP), sets.within(self.pool, headers.network_word(16, 1), 0xE0, 0xEF))
-        if term.protocol == "ip6":
-            return every(headers.carries(IP6), headers.network_test(24, 1, 255))
-        raise self.fail(f'"multicast" does not go with "{term.protocol}"', term.position)
-
-    # 802.2
-
-    def llc(self, term: syntax.Special) -> Condition:
-        headers = self.headers
-        headers.require('"llc"', "EN10MB", *wireless.LINKS)
-        if headers.link == "EN10MB":
-            frame = every(headers.is_802_3(), negated(self.pool.test("eq", headers.llc_word(0, 2), 0xFFFF)))
-        else:
-            frame = headers.wireless_data()
-        if not term.arguments:
-            return frame
-        name = str(term.arguments[0])
-        form = _LLC_FORMS.get(name)
-        if form is None:
-            raise self.fail(f'"{name}" is no kind of LLC frame', term.position)
-        return every(frame, self.pool.test("eq", headers.llc_word(2, 1), *form))
-
 
 def _part_rejects(
     node: syntax.Every | syntax.Some | syntax.Not, index: int, rejects: frozenset[bool]
@@ -489,45 +394,16 @@ def _part_rejects(
     return rejects & {isinstance(node, syntax.Some)}
 
 
-def _number(term: syntax.Special, index: int) -> int:
-    value = term.arguments[index]
-    assert isinstance(value, int)
-    return value
-
-
-# The control byte's value under a mask, for I frames, S frames, U frames and their kinds.
-_LLC_FORMS: dict[str, tuple[int, int]] = {
-    "i": (0, 0x01),
-    "s": (0x01, 0x03),
-    "u": (0x03, 0x03),
-    "rr": (0x01, 0x0F),
-    "rnr": (0x05, 0x0F),
-    "rej": (0x09, 0x0F),
-    **{
-        name: (control, 0xEF)
-        for name, control in {
-            "ui": 0x03,
-            "ua": 0x63,
-            "disc": 0x43,
-            "dm": 0x0F,
-            "sabme": 0x6F,
-            "test": 0xE3,
-            "xid": 0xAF,
-            "frmr": 0x87,
-        }.items()
-    },
-}
-
 _SPECIALS: dict[str, Callable[[Lowering, syntax.Special], Condition]] = {
-    "inbound": Lowering.direction,
-    "outbound": Lowering.direction,
-    "ifindex": Lowering.ifindex,
-    "less": Lowering.less,
-    "greater": Lowering.greater,
-    "byte": Lowering.byte,
-    "broadcast": Lowering.broadcast,
-    "multicast": Lowering.multicast,
-    "llc": Lowering.llc,
+    "inbound": specials.direction,
+    "outbound": specials.direction,
+    "ifindex": specials.ifindex,
+    "less": specials.less,
+    "greater": specials.greater,
+    "byte": specials.byte,
+    "broadcast": specials.broadcast,
+    "multicast": specials.multicast,
+    "llc": specials.llc,
     "vlan": tunnels.vlan,
     "mpls": tunnels.mpls,
     "pppoed": tunnels.pppoed,
