@@ -56,6 +56,25 @@ def whole(struct_name: str, *names: str) -> list[list[Instruction]]:
     ]
 
 
+def direct_bytes(struct_name: str, start: str, end: str, count: int) -> list[list[Instruction]]:
+    """Each byte of what two fields point to the start and the end of, plus 256; 0 behind its end."""
+    fields = STRUCTS[struct_name].fields
+    return [
+        [
+            *load(fields[start].offset, 8),
+            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 0),
+            I(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, CONTEXT, fields[end].offset),
+            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 1),
+            I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at + 1),
+            I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
+            I(ebpf.JMP | ebpf.JGT | ebpf.X, 3, 2, 2, 0),
+            I(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 1, at),
+            I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
+        ]
+        for at in range(count)
+    ]
+
+
 def call(name: str, *arguments: int | str | tuple[int, int]) -> list[Instruction]:
     """Call a helper: numbers, ``"context"``, or registers and offsets such as the frame's (10, -8)."""
     code = []

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hooks import Recorder, attached, call, load, on_stack, parts, real_group, whole
+from hooks import Recorder, attached, call, direct_bytes, load, on_stack, parts, real_group, whole
 from sides import Side
 
 from kbpf.emulator import events
@@ -99,25 +99,6 @@ def test_sysctls(kernel: Side, emulator: Side, group: int, writes: bool) -> None
     assert result.context == {"file_pos": 7, "new_value": b"123" if writes else None}
 
 
-def value_bytes(count: int) -> list[list[Instruction]]:
-    """Each byte of the option's value, plus 256; 0 behind its end."""
-    fields = STRUCTS["bpf_sockopt"].fields
-    return [
-        [
-            *load(fields["optval"].offset, 8),
-            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 0),
-            I(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 6, fields["optval_end"].offset),
-            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 1),
-            I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at + 1),
-            I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
-            I(ebpf.JMP | ebpf.JGT | ebpf.X, 3, 2, 2, 0),
-            I(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 1, at),
-            I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
-        ]
-        for at in range(count)
-    ]
-
-
 def store(name: str, value: int) -> list[Instruction]:
     offset = STRUCTS["bpf_sockopt"].fields[name].offset
     return [
@@ -129,7 +110,11 @@ def store(name: str, value: int) -> list[Instruction]:
 
 @pytest.mark.parametrize("value", [b"\1\2\3\4", b"\5", b"0123456789abcdef!"])
 def test_an_option_is_set(kernel: Side, emulator: Side, group: int, value: bytes) -> None:
-    steps = whole("bpf_sockopt", "level", "optname", "optlen") + value_bytes(20) + [call("get_retval")]
+    steps = (
+        whole("bpf_sockopt", "level", "optname", "optlen")
+        + direct_bytes("bpf_sockopt", "optval", "optval_end", 20)
+        + [call("get_retval")]
+    )
     steps += [store("level", 7), store("optname", 8), store("optlen", -1)]
     with Recorder(kernel, "cgroup_sockopt", "cgroup_setsockopt", steps) as recorder, attached(group, recorder):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
@@ -145,7 +130,11 @@ def test_an_option_is_set(kernel: Side, emulator: Side, group: int, value: bytes
 
 @pytest.mark.parametrize(("level", "name", "size"), [(1, 2, 4), (1, 2, 2), (1, 9999, 8), (1, 20, 40)])
 def test_an_option_is_read(kernel: Side, emulator: Side, group: int, level: int, name: int, size: int) -> None:
-    steps = whole("bpf_sockopt", "level", "optname", "optlen", "retval") + value_bytes(48) + [call("get_retval")]
+    steps = (
+        whole("bpf_sockopt", "level", "optname", "optlen", "retval")
+        + direct_bytes("bpf_sockopt", "optval", "optval_end", 48)
+        + [call("get_retval")]
+    )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
         own: bytes | int = 0
         try:

@@ -7,7 +7,7 @@ import struct
 from typing import Any, NamedTuple
 
 import pytest
-from hooks import Recorder, call, load, on_stack, parts, whole
+from hooks import Recorder, call, direct_bytes, load, on_stack, parts, whole
 from hosts import Host, outcome, received, same_on_both
 from sides import Side
 
@@ -29,24 +29,6 @@ FIELDS = STRUCTS["sk_reuseport_md"].fields
 PAYLOAD = b"a datagram's payload"
 HEADER = 8
 REFUSED, PASSED = 0, 1
-
-
-def direct_bytes(count: int) -> list[list[Instruction]]:
-    """Each byte of what is reached directly, plus 256; 0 behind its end."""
-    return [
-        [
-            *load(FIELDS["data"].offset, 8),
-            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 0),
-            I(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 6, FIELDS["data_end"].offset),
-            I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 1),
-            I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at + 1),
-            I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
-            I(ebpf.JMP | ebpf.JGT | ebpf.X, 3, 2, 2, 0),
-            I(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 1, at),
-            I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
-        ]
-        for at in range(count)
-    ]
 
 
 def loaded(name: str, offset: int, size: int, *rest: int) -> list[list[Instruction]]:
@@ -88,11 +70,10 @@ def on_kernel(recorder: Recorder, address: str, family: int) -> Seen:
 def test_packets(kernel: Side, emulator: Side, family: int, address: str, any: bool, value: int) -> None:
     narrow = family == socket.AF_INET
     header = 20 if narrow else 40
-    steps = direct_bytes(40) + parts("sk_reuseport_md", "len", "ip_protocol", "bind_inany") + [
-        load(FIELDS["eth_protocol"].offset, 4),
-        load(FIELDS["eth_protocol"].offset, 2),
-        load(FIELDS["eth_protocol"].offset + 2, 2),
-    ]  # fmt: skip
+    steps = direct_bytes("sk_reuseport_md", "data", "data_end", 40)
+    steps += parts("sk_reuseport_md", "len", "ip_protocol", "bind_inany")
+    protocol = FIELDS["eth_protocol"].offset
+    steps += [load(protocol, 4), load(protocol, 2), load(protocol + 2, 2)]
     for offset, size in ((0, 8), (8, 20), (8, 21), (28, 1), (0x7FFFFFFF, 1), (-1, 1)):
         steps += loaded("skb_load_bytes", offset, size)
     for offset, size, start in (
@@ -106,7 +87,7 @@ def test_packets(kernel: Side, emulator: Side, family: int, address: str, any: b
         steps += loaded("skb_load_bytes_relative", offset, size, start)
     steps += [[*load(FIELDS["migrating_sk"].offset, 8)]]
     whole_bytes = loaded("skb_load_bytes_relative", 0, header, 1)[1:]
-    at = len(direct_bytes(40))
+    at = len(direct_bytes("sk_reuseport_md", "data", "data_end", 40))
     with Recorder(kernel, "sk_reuseport", "sk_reuseport_select", steps, value) as recorder:
         truth = on_kernel(recorder, address, family)
     assert truth.arrived == (value == PASSED)

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from hooks import Recorder, attached, call, load, on_stack, parts, real_group, whole
+from hooks import Recorder, attached, call, direct_bytes, load, on_stack, parts, real_group, whole
 from sides import Side
 
 from kbpf.emulator import events
@@ -43,26 +43,6 @@ def connection(family: int) -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
-def header_bytes() -> list[list[Instruction]]:
-    """Each byte of the TCP header, plus 256; 0 behind its end."""
-    steps = []
-    for at in range(HEADER):
-        steps.append(
-            [
-                *load(FIELDS["skb_data"].offset, 8),
-                I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 1, 0),
-                I(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 6, FIELDS["skb_data_end"].offset),
-                I(ebpf.ALU64 | ebpf.MOV | ebpf.X, 3, 1),
-                I(ebpf.ALU64 | ebpf.ADD, 3, 0, 0, at + 1),
-                I(ebpf.ALU64 | ebpf.MOV, 0, 0, 0, 0),
-                I(ebpf.JMP | ebpf.JGT | ebpf.X, 3, 2, 2, 0),
-                I(ebpf.LDX | ebpf.MEM | ebpf.B, 0, 1, at),
-                I(ebpf.ALU64 | ebpf.ADD, 0, 0, 0, 256),
-            ]
-        )
-    return steps
-
-
 def find(option: bytes, size: int, flags: int = 0) -> list[list[Instruction]]:
     """bpf_load_hdr_opt and what it has written."""
     first = [*on_stack(option.ljust(48, b"\xee"), -48), *call("load_hdr_opt", "context", (10, -48), size, flags)]
@@ -81,7 +61,8 @@ OPTIONS = (
 @pytest.mark.parametrize("op", [uapi.BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, uapi.BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB])
 def test_a_connection_is_there(kernel: Side, emulator: Side, group: int, family: int, op: int) -> None:
     """The emulator gets the socket and the segment that the kernel's program saw."""
-    numbers = whole("bpf_sock_ops", *TCP, "sk_txhash", "skb_len") + header_bytes()
+    numbers = whole("bpf_sock_ops", *TCP, "sk_txhash", "skb_len")
+    numbers += direct_bytes("bpf_sock_ops", "skb_data", "skb_data_end", HEADER)
     flags = [load(FIELDS["skb_tcp_flags"].offset, size) for size in (1, 2, 4)]
     reply = [
         [
@@ -166,7 +147,7 @@ def test_options_are_reserved_and_written(kernel: Side, emulator: Side, group: i
     ops = {
         uapi.BPF_SOCK_OPS_TCP_CONNECT_CB: ask,
         uapi.BPF_SOCK_OPS_HDR_OPT_LEN_CB: reserve,
-        uapi.BPF_SOCK_OPS_WRITE_HDR_OPT_CB: header_bytes() + write,
+        uapi.BPF_SOCK_OPS_WRITE_HDR_OPT_CB: direct_bytes("bpf_sock_ops", "skb_data", "skb_data_end", HEADER) + write,
     }
     recorders = [Recorder(kernel, "sock_ops", "cgroup_sock_ops", steps, only=(0, op)) for op, steps in ops.items()]
     with attached(group, recorders[0]), attached(group, recorders[1]), attached(group, recorders[2]):

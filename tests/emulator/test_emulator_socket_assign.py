@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from sides import FRAME, Side
 from socks import MAPS, OUT, Scene, keep_result, looks_up, tuple_of
 
 from kbpf.emulator.backend import EmulatorBackend
-from kbpf.emulator.environment import environment
 from kbpf.emulator.packet import Packet
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction
@@ -29,14 +27,6 @@ pytestmark = pytest.mark.requires("kernel")
 
 SK = STRUCTS["__sk_buff"].fields["sk"].offset
 LOOPBACK = 1
-
-
-@pytest.fixture
-def scene() -> Iterator[Scene]:
-    before = environment.sockets
-    with NetworkNamespace() as namespace, Scene(namespace, environment) as scene:
-        yield scene
-    environment.sockets = before
 
 
 def assigns(flags: int) -> Code:

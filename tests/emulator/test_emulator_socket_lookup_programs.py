@@ -14,7 +14,6 @@ from sides import Side
 from socks import WORDS, Scene, lookers, looks_up, tuple_of
 
 from kbpf.emulator.backend import EmulatorBackend
-from kbpf.emulator.environment import environment
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel.attrs import command
@@ -27,14 +26,6 @@ pytestmark = pytest.mark.requires("kernel")
 
 FIELDS = STRUCTS["bpf_sk_lookup"].fields
 PASS, DROP = 1, 0
-
-
-@pytest.fixture
-def scene() -> Iterator[Scene]:
-    before = environment.sockets
-    with NetworkNamespace() as namespace, Scene(namespace, environment) as scene:
-        yield scene
-    environment.sockets = before
 
 
 def assigns(key: int, flags: int, value: int) -> Code:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -15,7 +14,6 @@ from mapcode import Code, attempt, call, copy, described_value, made, mov, put, 
 from sides import Side
 from socks import Scene, here, keep_result, looker, looks_up, tuple_of
 
-from kbpf.emulator.environment import environment
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
@@ -26,14 +24,6 @@ from kbpf.uapi import constants as uapi
 pytestmark = pytest.mark.requires("kernel")
 
 STORAGE = MapSpec(type="sk_storage", key_size=4, value_size=8, flags=uapi.BPF_F_NO_PREALLOC, **described_value("u64"))
-
-
-@pytest.fixture
-def scene() -> Iterator[Scene]:
-    before = environment.sockets
-    with NetworkNamespace() as namespace, Scene(namespace, environment) as scene:
-        yield scene
-    environment.sockets = before
 
 
 def storage_of(value: Code, flags: int) -> Code:
