@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 NET_SKB_PAD = 64
 
 
+#: What the kernel keeps behind the bytes (struct skb_shared_info, x86-64), the memory that small packets come in where
+#: they are moved to (SKB_SMALL_HEAD_CACHE_SIZE), and the most that there is in one piece (KMALLOC_MAX_SIZE).
+_SHARED_INFO, _SMALL_MEMORY, _MOST_MEMORY = 320, 576, 1 << 22
+
+
+def _power_of_two(size: int) -> int:
+    """The memory that so many bytes are given."""
+    return 1 << (size - 1).bit_length()
+
+
 @dataclass(slots=True, kw_only=True)
 class Tunnel:
     """The tunnel that a packet is to leave by: ``struct bpf_tunnel_key`` and flags as a program gave them, options."""
@@ -99,8 +109,11 @@ class Packet:
     behind: bytes = b""
     #: Bytes of metadata before offset 0, which an XDP program has put there for traffic control.
     metadata: int = 0
-    #: Bytes that are free before `buffer`.
+    #: Bytes that are free before `buffer`, and those of all the memory that it lies in; 0: as much as it needs.
     headroom: int = NET_SKB_PAD
+    memory: int = 0
+    #: Its segments have a kind (``gso_type``), if only that a program has changed them (SKB_GSO_DODGY).
+    gso_kind: bool = False
     #: A tunnel's header was pushed before the packet's own.
     encapsulated: bool = False
     #: How many checksums behind one another are known to be right, less one; None: none is.
@@ -159,11 +172,26 @@ class Packet:
         self.offset += missing - size
         self.length += size
 
+    def has_headroom(self, size: int, room: int = 0) -> bool:
+        """Whether there is memory to `push` so much, which Linux finds out before it changes anything."""
+        grown = self._growth(max(size - self.offset, 0), room)
+        return not grown or self._memory(grown) <= _MOST_MEMORY
+
+    def _growth(self, size: int, room: int) -> int:
+        lacking = max(size + room - self.headroom, 0)
+        return -(-lacking // NET_SKB_PAD) * NET_SKB_PAD
+
+    def _memory(self, grown: int) -> int:
+        """What the packet would take with `grown` bytes more: each move goes to the next size that there is."""
+        before = self.memory or _power_of_two(self.headroom + len(self.buffer) + _SHARED_INFO)
+        size = before + grown
+        return _SMALL_MEMORY if size <= _SMALL_MEMORY else _power_of_two(size)
+
     def _make_headroom(self, size: int, room: int) -> None:
         """Use bytes before the buffer, moving it where there are too few (`skb_cow`)."""
-        lacking = max(size + room - self.headroom, 0)
-        if lacking:
-            grown = -(-lacking // NET_SKB_PAD) * NET_SKB_PAD
+        grown = self._growth(size, room)
+        if grown:
+            self.memory = self._memory(grown)
             self.headroom += grown
             if self.transport is None:
                 # The kernel moves "not set", which is 0xffff, too: it is a position now, just before `grown`.

@@ -12,6 +12,7 @@ from kbpf.testing import compared_elsewhere, coverage, fuzz, generate_direct
 from kbpf.testing.compared_elsewhere import Elsewhere
 from kbpf.testing.differ import assert_same
 from kbpf.testing.generate_maps import MAPS
+from kbpf.uapi.structs import STRUCTS
 
 pytestmark = pytest.mark.requires("kernel")
 
@@ -105,3 +106,31 @@ def test_a_tunnels_key_comes_back_with_its_ends_exchanged(given: int) -> None:
                     ]  # fmt: skip
             program += [(0x61, 0, 10, word - 48, 0), (0x95, 0, 0, 0, 0)]
             assert_same(program=program, runs=[(_IPV6, bytes(192))], type="sched_cls")
+
+
+@pytest.mark.parametrize("size", (54, 100, 130, 300, 1000, 2000, 3600))
+@pytest.mark.parametrize("call", [(43, 100, 0), (43, 14, 0), (43, 200, 0), (50, 40, 1, 1), (50, 24, 0, 1)])
+def test_a_packet_that_moves_too_often_finds_no_memory(call: tuple[int, ...], size: int) -> None:
+    """Each time that a packet is moved for more headroom Linux gives it twice the memory."""
+    program = [(0xBF, 6, 1, 0, 0), (0xB7, 7, 0, 0, 0)]
+    for _ in range(80):
+        arguments = [(0xB7, register, 0, 0, value) for register, value in enumerate(call[1:], 2)]
+        one = [(0xBF, 1, 6, 0, 0), *arguments, (0x85, 0, 0, 0, call[0])]
+        # How often it went well, and what it said then.
+        program += [*one, (0x15, 0, 0, 3, 0), (0x67, 7, 0, 0, 16), (0x1F, 7, 0, 0, 0), (0x05, 0, 0, 0x7777, 0)]
+        program.append((0x07, 7, 0, 0, 1))
+    end = len(program)
+    program = [(*i[:3], end - pc - 1, i[4]) if i[3] == 0x7777 else i for pc, i in enumerate(program)]
+    program += [(0xBF, 0, 7, 0, 0), (0x95, 0, 0, 0, 0)]
+    frame = bytes(12) + b"\x86\xdd" + bytes(size - 14)
+    assert_same(program=program, runs=[(frame, b"")], type="sched_cls")
+
+
+def test_segments_of_a_packet_whose_protocol_was_changed_have_a_kind() -> None:
+    """Without one a copy of the packet would not be sent."""
+    frame, context = bytes(12) + b"\x86\xdd" + bytes(60), bytearray(192)
+    context[STRUCTS["__sk_buff"].fields["gso_size"].offset] = 9
+    for index in (1, 0x7FFF):
+        for changed in ((), (31, 8, 0)):
+            program = _calling(*([changed] if changed else []), (13, index, 1))
+            assert_same(program=program, runs=[(frame, bytes(context))], type="sched_act")

@@ -67,6 +67,8 @@ def _push_ip(run: Run, header: bytes, room: int) -> int:
     if len(header) < size + (_UDP if protocol == socket.IPPROTO_UDP else 0):
         return -errno.EINVAL
     packet = run.packet
+    if not packet.has_headroom(len(header), room):
+        return -errno.ENOMEM
     packet.push(len(header), room)
     if not room:
         packet.sum_in(header)

@@ -45,8 +45,8 @@ def clone_redirect(run: Run, skb: int, index: int, flags: int, *_: int) -> int:
     packet = run.packet
     if flags & ~BPF_F_INGRESS & M64:
         return -errno.EINVAL
-    if packet.gso_size:
-        # Without a type of segmentation, as test runs set it up.
+    if packet.gso_size and not packet.gso_kind:
+        # Without a kind of segments, as test runs set it up.
         return -errno.EBADMSG
     # The device of test runs is loopback.
     on = packet.device.network if packet.device is not None else network.current()

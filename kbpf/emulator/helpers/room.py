@@ -89,6 +89,8 @@ def skb_vlan_push(run: Run, skb: int, protocol: int, tci: int, *_: int) -> int:
     if packet.length > _MOST_MEMORY:
         return -errno.ENOMEM
     if packet.vlan_tci is not None:
+        if not packet.has_headroom(_TAG):
+            return -errno.ENOMEM
         tag = packet.vlan_proto.to_bytes(2, "big") + packet.vlan_tci.to_bytes(2, "big")
         buffer = _insert(packet, _ADDRESSES, _TAG)
         packet.sum_in(tag)
@@ -154,7 +156,7 @@ def skb_change_head(run: Run, skb: int, size: int, flags: int, *_: int) -> int:
     length = packet.length + size & M32
     if flags or (not packet.gso_size and length > _MOST_DATA) or length < packet.length:
         return -errno.EINVAL
-    if length > _MOST_MEMORY:
+    if length > _MOST_MEMORY or not packet.has_headroom(size):
         return -errno.ENOMEM
     packet.push(size)
     buffer = bytearray(packet.buffer)
@@ -194,6 +196,7 @@ def skb_change_proto(run: Run, skb: int, protocol: int, flags: int, *_: int) -> 
     failed = _grow(packet, _link_header(packet), difference)
     if not failed:
         packet.protocol = target
+        packet.gso_kind |= bool(packet.gso_size)
         packet.hash, packet.hash_known = 0, False
     run.context.show(run)
     return failed
@@ -202,6 +205,8 @@ def skb_change_proto(run: Run, skb: int, protocol: int, flags: int, *_: int) -> 
 def _grow(packet: Packet, at: int, size: int) -> int:
     """Add zeroes behind the link header, or take bytes away."""
     if size >= 0:
+        if not packet.has_headroom(size):
+            return -errno.ENOMEM
         _insert(packet, at, size)
     else:
         if at - size > packet.length:
