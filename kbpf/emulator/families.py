@@ -8,6 +8,7 @@ import socket as _socket
 from kbpf.emulator.endpoint import Endpoint
 from kbpf.emulator.netlink import AF_NETLINK, NETLINK_USERSOCK, NetlinkSocket
 from kbpf.emulator.network import Network, current
+from kbpf.emulator.pingsocket import PingSocket
 from kbpf.emulator.rawsocket import RawSocket
 from kbpf.emulator.slot import error
 from kbpf.emulator.tcpsocket import TcpSocket
@@ -15,7 +16,7 @@ from kbpf.emulator.udp import UdpSocket
 from kbpf.emulator.unix import AF_UNIX, UnixDatagramSocket, UnixEndpoint, UnixStreamSocket
 
 _INET = (int(_socket.AF_INET), int(_socket.AF_INET6))
-_IPPROTO_TCP, _IPPROTO_UDP, _IPPROTO_RAW = 6, 17, 255
+_IPPROTO_ICMP, _IPPROTO_TCP, _IPPROTO_UDP, _IPPROTO_ICMPV6, _IPPROTO_RAW = 1, 6, 17, 58, 255
 
 
 def socket(
@@ -36,6 +37,8 @@ def socket(
             return UdpSocket(there, family)
         if type == _socket.SOCK_STREAM and proto in (0, _IPPROTO_TCP):
             return TcpSocket(there, family)
+        if type == _socket.SOCK_DGRAM and proto == (_IPPROTO_ICMP if family == _socket.AF_INET else _IPPROTO_ICMPV6):
+            return PingSocket(there, family, proto)
         if type == _socket.SOCK_RAW and 0 < proto < _IPPROTO_RAW:
             return RawSocket(there, family, proto)
         raise error(errno.EPROTONOSUPPORT)

@@ -13,7 +13,7 @@ from kbpf.emulator.packet import Packet
 
 # (type, code) by IP version.
 _PORT_UNREACHABLE = {4: (3, 3), 6: (1, 4)}
-_ECHO, _ECHO_REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
+ECHO, ECHO_REPLY = {4: 8, 6: 128}, {4: 0, 6: 129}
 #: How much of the packet that it is about an error may carry: 576 and 1280 bytes in all, less the headers.
 _QUOTED = {4: 576 - 28, 6: 1280 - 48}
 #: RT_TOS of errors: they come before data (IPTOS_PREC_INTERNETCONTROL).
@@ -58,9 +58,14 @@ def _receive(inet: Inet, device: EmulatedInterface, packet: Packet, header: IpHe
     data = packet.data
     if len(data) < 8 or header.protocol != _PROTOCOL[header.version] or not inet.checksum_good(packet, header):
         return
-    if data[0] == _ECHO[header.version]:
+    if data[0] == ECHO[header.version]:
         if not inet.is_broadcast(header.target):
-            _send(inet, header.target, header.source, (_ECHO_REPLY[header.version], 0), data[4:])
+            _send(inet, header.target, header.source, (ECHO_REPLY[header.version], 0), data[4:])
+    elif data[0] == ECHO_REPLY[header.version]:
+        for socket in reversed(tuple(inet.pings)):
+            hears = socket()
+            if hears is not None and hears(device, packet, header):
+                break
     elif (data[0], data[1]) == _PORT_UNREACHABLE[header.version]:
         _refused(inet, data[8:])
 

@@ -75,6 +75,8 @@ class Inet:
         self.transports: dict[int, Transport] = {}
         #: Who sees each received packet before that, offset 0 the network header: raw sockets.
         self.raw: list[WeakMethod[Callable[[EmulatedInterface, Packet, IpHeader], bool]]] = []
+        #: Who may be meant by a reply to an echo, offset 0 its ICMP header: ping sockets.
+        self.pings: list[WeakMethod[Callable[[EmulatedInterface, Packet, IpHeader], bool]]] = []
         #: What ``nstat`` counts, by its names: ``UdpInErrors``.
         self.counters: Counter[str] = Counter()
         self.ports = Ports()

@@ -33,11 +33,15 @@ _MOST_DATA = 0xFFFF
 class RawSocket(InetEndpoint, DatagramEndpoint):
     """An emulated raw socket of AF_INET or AF_INET6, for one IP protocol."""
 
-    def __init__(self, network: Network, family: int, proto: int) -> None:
-        super().__init__(network, family, _SOCK_RAW, proto)
+    def __init__(self, network: Network, family: int, proto: int, type: int = _SOCK_RAW) -> None:
+        super().__init__(network, family, type, proto)
         # The protocol is shown where others have a port.
         self.sock.local_port = proto
-        network.inet.raw.append(WeakMethod(self.deliver))
+        self.hear()
+
+    def hear(self) -> None:
+        """Have `deliver` called for what comes in."""
+        self.network.inet.raw.append(WeakMethod(self.deliver))
 
     def deliver(self, device: EmulatedInterface, packet: Packet, header: IpHeader) -> bool:
         """See a packet, offset 0 its network header, and queue it if it is for this socket (`raw_v4_input`)."""
@@ -47,20 +51,25 @@ class RawSocket(InetEndpoint, DatagramEndpoint):
             return False
         if (any(sock.local) and sock.local != header.target) or (any(sock.remote) and sock.remote != header.source):
             return False
-        seen = replace(packet, buffer=bytes(packet.buffer), socket=sock)
+        seen = replace(packet, buffer=bytes(packet.buffer))
         if header.version == 6:
             if self.proto == IPPROTO_ICMPV6 and not self._checked(packet, header):
                 return True
             seen.pull(header.start)
-        kept = self.slot.run(seen) if cgroup_hooks.ingress(sock, seen) else 0
+        self.take(seen, header)
+        return True
+
+    def take(self, packet: Packet, header: IpHeader) -> None:
+        """Filter a packet and queue what is kept (`sock_queue_rcv_skb`)."""
+        packet.socket = self.sock
+        kept = self.slot.run(packet) if cgroup_hooks.ingress(self.sock, packet) else 0
         if not kept:
-            return True
+            return
         if self._queued_size >= self._rcvbuf:
             self._drops += 1
-            return True
+            return
         size = ip_truesize(header.end, header.end - header.start)
-        self._enqueue(Message(seen.data[:kept], address=self._shown(header.source, 0), size=size))
-        return True
+        self._enqueue(Message(packet.data[:kept], address=self._shown(header.source, 0), size=size))
 
     def _checked(self, packet: Packet, header: IpHeader) -> bool:
         seen = replace(packet)
@@ -114,7 +123,7 @@ class RawSocket(InetEndpoint, DatagramEndpoint):
         remote, port = self._parse(arguments[-1], "sendto")
         with self._arrived:
             self._open()
-            if self.family != AF_INET and port not in (0, self.proto):
+            if self.type == _SOCK_RAW and self.family != AF_INET and port not in (0, self.proto):
                 raise error(errno.EINVAL)
             return self._send(bytes(data), remote)
 
