@@ -48,11 +48,6 @@ def lines(instructions: Sequence[Instruction], called: Called = helper_name) -> 
         yield index, f"({instruction.opcode:02x}) {_text(instruction, second, called)}"
 
 
-def listing(instructions: Sequence[Instruction], called: Called = helper_name) -> str:
-    """A line an instruction: its index and what it does."""
-    return "\n".join(f"{index:4}: {text}" for index, text in lines(instructions, called))
-
-
 def _text(instruction: Instruction, second: Instruction, called: Called) -> str:
     kind = instruction.opcode & 7
     if kind in (ebpf.ALU, ebpf.ALU64):

@@ -154,9 +154,13 @@ class Program(Resource):
 
     def dump(self) -> str:
         """`xlated` as ``bpftool prog dump xlated`` lists it, a line an instruction."""
-        from kbpf.asm.ebpf_listing import listing
+        return "\n".join(f"{index:4}: {text}" for index, text in self.listing())
 
-        return listing(self.xlated(), self._backend.call_name)
+    def listing(self) -> Iterator[tuple[int, str]]:
+        """The lines of `dump` by the index of the instruction."""
+        from kbpf.asm.ebpf_listing import lines
+
+        return lines(self.xlated(), self._backend.call_name)
 
     def bind_map(self, map: Map) -> None:
         """BPF_PROG_BIND_MAP (Linux 5.10): keep a map that its instructions do not name, as long as the program lives.
