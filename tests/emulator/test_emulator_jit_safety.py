@@ -289,9 +289,9 @@ def test_a_helper_that_is_interrupted_ends_the_run(jit: EmulatorBackend, monkeyp
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(environment, "clock", interrupted)
     program = (helper("ktime_get_ns"), I(MOV, 0), EXIT)
     loaded = Program(ProgramSpec(instructions=program), [], jit.map, engine="jit")
+    monkeypatch.setattr(environment, "clock", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loaded.run_packet(Packet(buffer=b""))
     monkeypatch.setattr(environment, "clock", lambda: 5)
