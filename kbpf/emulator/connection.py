@@ -533,7 +533,7 @@ class Connection:
             listener.requests.remove(self)
         self.outgoing.clear()
         endpoint = None if self.endpoint is None else self.endpoint()
-        if endpoint is None or endpoint.binding is not self.binding:
+        if endpoint is None or endpoint.any_port:
             self.layer.inet.ports.release(self.binding)
         self.enter(BPF_TCP_CLOSE)
 

@@ -236,23 +236,36 @@ class InetEndpoint(Endpoint):
         if any(own) and not inet.is_local(own) and not (len(own) == 4 and inet.is_broadcast(own)):
             raise error(errno.EADDRNOTAVAIL)
 
+    def _claim(self, local: bytes, port: int) -> None:
+        """Take a port. Who is bound to an IPv6 address takes no IPv4 (`__inet6_bind`)."""
+        sock, before = self.sock, self.sock.v6only
+        sock.v6only |= len(bare(local)) == 16 and any(local) and not sock.remote_port
+        try:
+            port = self.network.inet.ports.claim(self._binding, local, port)
+        except OSError:
+            sock.v6only = before
+            raise
+        sock.local, sock.local_port = local, port
+
     # The way out.
 
     def _way(self, target: bytes) -> tuple[Path, bytes, bytes]:
         """The path, source and target of a packet to an address, each as the packet has it."""
-        remote = bare(target)
+        remote, own = bare(target), self.sock.local
         if not any(remote):
-            # Nobody's address is this host's own (`ip_route_output_key_hash`).
-            remote = bytes((127, 0, 0, 1)) if len(remote) == 4 else bytes(15) + b"\x01"
+            # Nobody's address is this host's own (`ip_route_output_key_hash`, `ip6_datagram_connect`).
+            remote = bytes(15) + b"\x01" if len(remote) == 16 else bytes((127, 0, 0, 1))
+            if len(bare(own)) == 4 and any(own):
+                remote = bare(own) if len(target) == 4 else bytes((127, 0, 0, 1))
         if len(remote) == 4 and self.family == AF_INET6 and self.sock.v6only:
             raise error(errno.ENETUNREACH)
+        if len(remote) == 16 and own.startswith(MAPPED):
+            raise error(errno.EAFNOSUPPORT)
         path = self.network.inet.path(remote, self._device())
-        own = bare(self.sock.local)
-        if not any(own):
-            return path, path.source, remote
-        if len(own) != len(remote):
-            raise error(errno.ENETUNREACH if len(own) == 4 else errno.EINVAL)
-        return path, own, remote
+        own = bare(own)
+        # An address that an IPv6 connection gave the socket is none for IPv4.
+        bound = len(own) == len(remote) and any(own)
+        return path, own if bound else path.source, remote
 
 
 def _place(sock: Sock) -> tuple[object, ...]:

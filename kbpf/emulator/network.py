@@ -56,8 +56,8 @@ class Network:
         self._sockets: weakref.WeakSet[EmulatedPacketSocket] = weakref.WeakSet()
         #: Sockets that packets find; those of the current network are `environment.sockets`.
         self.sockets = SocketTable()
-        #: UNIX sockets by their names.
-        self.unix: weakref.WeakValueDictionary[bytes, UnixEndpoint] = weakref.WeakValueDictionary()
+        #: UNIX sockets by their names, and types where those matter.
+        self.unix: weakref.WeakValueDictionary[tuple[bytes, int], UnixEndpoint] = weakref.WeakValueDictionary()
         #: Netlink sockets by their port ids.
         self.netlink: weakref.WeakValueDictionary[int, NetlinkSocket] = weakref.WeakValueDictionary()
         self.inet = Inet(self)

@@ -86,8 +86,8 @@ def _overlap(sock: Sock, local: bytes, other: Sock) -> bool:
     mine, theirs = _bare(local), _bare(other.local)
     if len(mine) == len(theirs):
         return mine == theirs or not any(mine) or not any(theirs)
-    wide, wide_sock = (mine, sock) if len(mine) == 16 else (theirs, other)
-    return wide_sock.family == socket.AF_INET6 and not any(wide) and not wide_sock.v6only
+    wide, narrow, of_wide = (mine, theirs, sock) if len(mine) == 16 else (theirs, mine, other)
+    return not of_wide.v6only and not (any(wide) and any(narrow))
 
 
 def _bare(address: bytes) -> bytes:

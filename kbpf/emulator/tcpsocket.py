@@ -53,10 +53,12 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         self.listener: Listener | None = None
         self.nodelay = False
         self._own_error = 0
+        #: Whether the port was taken by connecting or listening: it is given back with the connection.
+        self.any_port = False
         #: Whether connect() has yet to say how it went.
         self._connecting = False
-        #: Whether it has ended without a connection: there is an end to read.
-        self._refused = False
+        #: Whether it was shut down without a connection: there is an end to read.
+        self._at_end = False
         self._linger: tuple[int, int] = (0, 0)
         binding = None if accepted is None else accepted.binding
         super().__init__(network, family, _SOCK_STREAM, IPPROTO_TCP, accepted=binding)
@@ -134,14 +136,11 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         local, port = self._parse(address, "bind")
         with self._arrived:
             self._open()
-            if self.sock.local_port:
+            if self.sock.state != BPF_TCP_CLOSE or (self.sock.local_port and not self.any_port):
                 raise error(errno.EINVAL)
             self._check_local(local)
-            self._bind(local, port)
-
-    def _bind(self, local: bytes, port: int) -> None:
-        port = self.network.inet.ports.claim(self._binding, local, port)
-        self.sock.local, self.sock.local_port = local, port
+            self._claim(local, port)
+            self.any_port = False
 
     def listen(self, backlog: int = 128) -> None:
         """Let others connect; one more than `backlog` may wait to be accepted."""
@@ -154,7 +153,8 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
             if self.sock.state != BPF_TCP_CLOSE or self.connection is not None:
                 raise error(errno.EINVAL)
             if not self.sock.local_port:
-                self._bind(self.sock.local, 0)
+                self._claim(self.sock.local, 0)
+                self.any_port = True
             elif self.network.inet.ports.taken(self._binding, self.sock.local, self.sock.local_port):
                 raise error(errno.EADDRINUSE)
             self._join_group()
@@ -196,11 +196,12 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
             elif self._timeout == 0.0 and self.sock.state == BPF_TCP_SYN_SENT:
                 raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
             self._wait_for(lambda: self.sock.state != BPF_TCP_SYN_SENT, self._timeout)
-            # A timeout is Python's, which then does not ask connect(2) how it went.
+            # A timeout is Python's, which does not ask connect(2) again, but for the error.
             self._connecting = not again and self._timeout is not None
             if self.sock.state == BPF_TCP_CLOSE:
                 number = self._take_error() or errno.ECONNABORTED
-                self._disconnect()
+                if not self._connecting:
+                    self._disconnect()
                 raise error(number)
 
     def connect_ex(self, address: tuple[Any, ...]) -> int:
@@ -216,8 +217,9 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         if path.broadcast:
             raise error(errno.ENETUNREACH)
         sock, wide = self.sock, self.family != AF_INET and len(target) == 4
-        if not sock.local_port:
-            self._bind(sock.local, 0)
+        if not sock.local_port or self.any_port:
+            self._claim(sock.local, 0)
+            self.any_port = True
         if not any(sock.local):
             sock.local = MAPPED + source if wide else source
         sock.remote, sock.remote_port = (MAPPED + target if wide else target), port
@@ -233,7 +235,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         """Connecting has failed: the socket is as it was before, but for the port that it was bound to."""
         assert self.connection is not None
         self.connection.endpoint = None
-        self.connection, self._refused = None, True
+        self.connection = None
         self._incoming = bytearray()
         self.sock.remote, self.sock.remote_port = bytes(len(self.sock.remote)), 0
 
@@ -255,7 +257,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         return connection.fin_received or connection.deaf or over
 
     def _may_read(self) -> None:
-        if self.connection is None and not self._refused:
+        if self.connection is None and (self.listener is not None or not self._at_end):
             raise error(errno.ENOTCONN)
 
     def _raise_read_error(self) -> None:
@@ -301,6 +303,8 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
                 return
             connection = self.connection
             if connection is None or self.sock.state == BPF_TCP_CLOSE:
+                # Refused, and done.
+                self._at_end |= how != SHUT_WR
                 raise error(errno.ENOTCONN)
             if how != SHUT_WR:
                 connection.deaf = True
@@ -311,7 +315,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
     def _stop_listening(self) -> None:
         assert self.listener is not None
         self.listener.close()
-        self.listener = None
+        self.listener, self._at_end = None, False
         self._leave_group()
         self.sock.state = BPF_TCP_CLOSE
         self._woken()

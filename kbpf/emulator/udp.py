@@ -216,11 +216,14 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             self.sock.local = local
 
     def _bind(self, local: bytes, port: int) -> None:
-        sock = self.sock
-        port = self.network.inet.ports.claim(self._binding, local, port)
-        sock.local, sock.local_port = local, port
+        self._claim(local, port)
         self._join_group()
-        self.network.sockets.add(sock)
+        self.network.sockets.add(self.sock)
+
+    def _autobind(self) -> None:
+        """Take a port, before it is known whether anything can be sent."""
+        if not self.sock.local_port:
+            self._bind(self.sock.local, 0)
 
     def _unbind(self) -> None:
         """Give the address and the port back."""
@@ -236,12 +239,11 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         with self._arrived:
             self._open()
             remote, port = cgroup_hooks.connect(self.sock, remote, port)
+            self._autobind()
             path, source, target = self._way(remote)
             if path.broadcast and not self._broadcast:
                 raise error(errno.EACCES)
             sock = self.sock
-            if not sock.local_port:
-                self._bind(sock.local, 0)
             if not any(sock.local):
                 sock.local = MAPPED + source if self.family != AF_INET and len(source) == 4 else source
             sock.remote = MAPPED + target if self.family != AF_INET and len(target) == 4 else target
@@ -267,6 +269,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         """Send to where the socket is connected to."""
         with self._arrived:
             self._open()
+            self._autobind()
             if not self._connected():
                 raise error(errno.EDESTADDRREQ)
             return self._send(bytes(data), self.sock.remote, self.sock.remote_port)
@@ -279,6 +282,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         remote, port = self._parse(arguments[-1], "sendto")
         with self._arrived:
             self._open()
+            self._autobind()
             if not port:
                 raise error(errno.EINVAL)
             narrow = len(bare(remote)) == 4
@@ -296,7 +300,6 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
         return self.send(data, flags) if address is None else self.sendto(data, flags, address)
 
     def _send(self, data: bytes, remote: bytes, port: int, sent_from: bytes | None = None) -> int:
-        self._raise_error()
         if len(data) > _MOST_DATA - (headers.IPV4_SIZE if len(bare(remote)) == 4 else 0):
             raise error(errno.EMSGSIZE)
         path, source, target = self._way(remote)
@@ -306,8 +309,7 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             source = sent_from
         if path.broadcast and not self._broadcast:
             raise error(errno.EACCES)
-        if not self.sock.local_port:
-            self._bind(self.sock.local, 0)
+        self._raise_error()
         connected = self._connected() and (self.sock.remote_port == port) and bare(self.sock.remote) == target
         hash = self._hash if connected else 0
         if not hash and len(target) == 16:

@@ -99,15 +99,20 @@ class UnixEndpoint(Endpoint):
                 raise error(errno.EINVAL)
             if not name:
                 name = self._free_name()
-            if name in self.network.unix:
+            if self._key(name) in self.network.unix:
                 raise error(errno.EADDRINUSE)
             self._name = name
-            self.network.unix[name] = self
+            self.network.unix[self._key(name)] = self
+
+    def _key(self, name: bytes) -> tuple[bytes, int]:
+        """What a name is found by: abstract ones are each type's own."""
+        return name, self.type if name[:1] == b"\0" else 0
 
     def _free_name(self) -> bytes:
-        while (name := b"\0%05x" % (environment.random32() & 0xFFFFF)) in self.network.unix:
-            pass
-        return name
+        while True:
+            name = b"\0%05x" % (environment.random32() & 0xFFFFF)
+            if self._key(name) not in self.network.unix:
+                return name
 
     def getsockname(self) -> str | bytes:
         self._open()
@@ -123,11 +128,11 @@ class UnixEndpoint(Endpoint):
     def _find(self, address: str | bytes) -> UnixEndpoint:
         """Who is bound to the name; `OSError` ENOENT, ECONNREFUSED, EPROTOTYPE."""
         name = _packed(address)
-        found = self.network.unix.get(name)
+        found = self.network.unix.get(self._key(name))
         if found is None or found.closed:
             raise error(errno.ECONNREFUSED if name[:1] == b"\0" else errno.ENOENT)
         if found.type != self.type:
-            raise error(errno.ECONNREFUSED if name[:1] == b"\0" else errno.EPROTOTYPE)
+            raise error(errno.EPROTOTYPE)
         return found
 
     # Connections.
@@ -144,19 +149,16 @@ class UnixEndpoint(Endpoint):
         """Connect to who listens at the address, waiting while too many do."""
         with self._arrived:
             self._open()
-            self._find(address)
-            if self._state == BPF_TCP_ESTABLISHED:
-                raise error(errno.EISCONN)
-            if self._state != BPF_TCP_CLOSE:
-                raise error(errno.EINVAL)
 
             def room() -> bool:
                 there = self._find(address)
-                if there._state != BPF_TCP_LISTEN:
+                if there._state != BPF_TCP_LISTEN or there._no_more_in:
                     raise error(errno.ECONNREFUSED)
                 return len(there._pending) <= there._most_pending
 
             self._wait_for(room, self._timeout)
+            if self._state != BPF_TCP_CLOSE:
+                raise error(errno.EISCONN if self._state == BPF_TCP_ESTABLISHED else errno.EINVAL)
             listener = self._find(address)
             child = type(self)(self.network, self.type)
             child._name = listener._name
@@ -218,8 +220,8 @@ class UnixEndpoint(Endpoint):
         raise NotImplementedError
 
     def _closed(self) -> None:
-        if self.network.unix.get(self._name) is self:
-            del self.network.unix[self._name]
+        if self.network.unix.get(self._key(self._name)) is self:
+            del self.network.unix[self._key(self._name)]
         for child in self._pending:
             self._reset(child._peer, True)
             child.close()
@@ -273,7 +275,19 @@ class UnixDatagramSocket(UnixEndpoint, DatagramEndpoint):
             target = self._find(address)
             if not _takes(target, self):
                 raise error(errno.EPERM)
+            if self._other is not None and self._other() is not target:
+                self._leave()
             self.join(target)
+
+    def _leave(self) -> None:
+        """Be connected to nobody. What has come is lost, which who was connected to us learns."""
+        before = self._peer
+        mutual = before is not None and before is not self and before._other is not None and before._other() is self
+        if self._queue and before is not None and mutual:
+            before._error = errno.ECONNRESET
+            before._woken()
+        self._forget()
+        self._other, self._state = None, BPF_TCP_CLOSE
 
     # Sending.
 
@@ -309,19 +323,24 @@ class UnixDatagramSocket(UnixEndpoint, DatagramEndpoint):
             raise error(errno.ENOTCONN)
         if len(data) > self._sndbuf - 32:
             raise error(errno.EMSGSIZE)
+        self._raise_error()
         self._wait_for_room(flags)
         if self._no_more_out:
             raise error(errno.EPIPE)
-        target = self._peer if address is None else self._find(address)
-        if target is None:
-            # The other end was closed: a datagram socket is free to connect again.
-            self._other, self._state = None, BPF_TCP_CLOSE
+        connected = self._other() if self._other is not None else None
+        target = connected if address is None else self._find(address)
+        kept = len(data)
+        # Even when the other end was closed, its filter is asked first.
+        if target is not None and target.slot.program is not None:
+            value = target.slot.run(Packet(buffer=data, network=0, socket=target.sock))
+            if not value:
+                return kept
+            kept = min(value, kept)
+        if target is None or target.closed:
+            # A datagram socket is free to connect again.
+            self._leave()
             raise error(errno.ECONNREFUSED)
         assert isinstance(target, UnixDatagramSocket)
-        packet = Packet(buffer=data, network=0, socket=target.sock)
-        kept = target.slot.run(packet)
-        if not kept and target.slot.program is not None:
-            return len(data)
         if not _takes(target, self):
             raise error(errno.EPERM)
         if target._no_more_in:
@@ -332,12 +351,13 @@ class UnixDatagramSocket(UnixEndpoint, DatagramEndpoint):
             raise error(errno.ECONNREFUSED)
         size = _datagram_size(len(data))
         self._under_way += size
-        kept = min(kept, len(data)) if target.slot.program is not None else len(data)
         target._enqueue(Message(data[:kept], address=self, taken=lambda: self._arrives(size)))
         return len(data)
 
     def _unread(self) -> bool:
-        return bool(self._queue)
+        # An empty message that comes first is not looked at (`unix_release_sock`).
+        first = bool(self._queue) and not self._queue[0].length
+        return len(self._queue) > first
 
     def _forget(self) -> None:
         while self._queue:
@@ -377,6 +397,8 @@ class UnixStreamSocket(UnixEndpoint, StreamEndpoint):
     def _transmit(self, data: bytes, flags: int) -> int:
         if self._state != BPF_TCP_ESTABLISHED:
             raise error(errno.ENOTCONN)
+        if self._no_more_out:
+            raise error(errno.EPIPE)
         sent = 0
         while sent < len(data):
             if not self._writable(flags, bool(sent)):
