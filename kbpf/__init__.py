@@ -20,7 +20,7 @@ from kbpf.errors import (
 
 TYPE_CHECKING = False  # What type checkers take for true; importing it from typing costs more than all the rest.
 if TYPE_CHECKING:
-    from kbpf import bcc, emulator
+    from kbpf import bcc, emulator, features
     from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo
     from kbpf.runtime.attach import attach, packet_socket
     from kbpf.runtime.backends import use_backend
@@ -76,6 +76,7 @@ _HOMES = {
     "compile": "runtime.filter",
     "compile_ebpf": "runtime.filter",
     "emulator": "",
+    "features": "",
     "interface_index": "runtime.interface",
     "links": "runtime.inventory",
     "load": "runtime.collection",
@@ -131,6 +132,7 @@ __all__ = [
     "compile",
     "compile_ebpf",
     "emulator",
+    "features",
     "interface_index",
     "links",
     "load",

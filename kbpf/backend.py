@@ -23,6 +23,8 @@ BackendName = Literal["kernel", "emulator"]
 Engine = Literal["auto", "interpreter", "jit"]
 #: What has ids; all but BTF have pins too.
 ObjectKind = Literal["map", "program", "link", "btf"]
+#: What a kernel may have or not.
+FeatureKind = Literal["map_type", "program_type", "helper", "attach_type", "link_type"]
 
 
 #: Why nobody can change a filter.
@@ -128,6 +130,21 @@ class TraceStep(NamedTuple):
     memory: tuple[MemoryAccess, ...]
     program: int
     depth: int
+
+
+class Answer(NamedTuple):
+    """Whether something is there; true only for a yes. `detail` says why not, `since` names the first Linux with it.
+
+    ``not permitted``: this process may not have it, and so cannot ask whether the kernel does. ``inconclusive``: it
+    could not be asked, for want of memory or descriptors, or because nothing cheap would tell.
+    """
+
+    answer: Literal["yes", "no", "not permitted", "inconclusive"]
+    detail: str = ""
+    since: str = ""
+
+    def __bool__(self) -> bool:
+        return self.answer == "yes"
 
 
 class LoadRefused(OSError):
@@ -437,6 +454,10 @@ class Backend(Protocol):
 
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
         """An AF_PACKET socket bound to `interface` (None: all); `protocol` is ETH_P_* in host order."""
+        ...
+
+    def feature(self, kind: FeatureKind, name: str, program_type: str = "") -> Answer:
+        """Whether it is there, asked anew; `name` is one of `kbpf.uapi.enums`, a helper is asked for a program type."""
         ...
 
     def explain_denied(

@@ -19,10 +19,12 @@ from weakref import WeakValueDictionary
 
 from kbpf.asm.ebpf_listing import helper_name
 from kbpf.backend import (
+    Answer,
     Attached,
     BackendName,
     Batch,
     Engine,
+    FeatureKind,
     ObjectKind,
     RawRun,
     RunOptions,
@@ -61,7 +63,7 @@ _OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {
 #: What counts its descriptors.
 _COUNTING = (MapFile, links.Link, Switch)
 #: The type of programs that each place for links takes.
-_LINKED = {"xdp": "xdp", "tcx_ingress": "sched_cls", "tcx_egress": "sched_cls"}
+LINKED = {"xdp": "xdp", "tcx_ingress": "sched_cls", "tcx_egress": "sched_cls"}
 
 
 class EmulatorBackend:
@@ -415,9 +417,9 @@ class EmulatorBackend:
                 group = self._group(target)
                 there = cgroup_links.attach(found, group, attach_type, flags, relative, revision, self)
                 return self._open(there)
-        if attach_type not in _LINKED:
+        if attach_type not in LINKED:
             raise OSError(errno.EOPNOTSUPP, f"the emulator does not attach programs to {attach_type} yet")
-        if found.type != _LINKED[attach_type]:
+        if found.type != LINKED[attach_type]:
             raise refused(errno.EINVAL)
         with network.current().lock:
             device = network.current().by_index(target)
@@ -533,6 +535,11 @@ class EmulatorBackend:
 
     def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
         return sockets.open_packet_socket(interface, type=type, protocol=protocol)
+
+    def feature(self, kind: FeatureKind, name: str, program_type: str = "") -> Answer:
+        from kbpf.emulator.features import ask
+
+        return ask(kind, name, program_type)
 
     def explain_denied(
         self,

@@ -25,6 +25,8 @@ _TYPES = {
     "cgroup_device": numbers("cgroup_device"),
     "cgroup_sysctl": numbers("cgroup_sysctl"),
 }
+#: The attach types that control groups have.
+ATTACHED = frozenset[int]().union(*_TYPES.values())
 #: Those whose programs are checked for one hook only.
 _BOUND = ("cgroup_sock", "cgroup_sock_addr", "cgroup_sockopt")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from kbpf.backend import Backend, SocketLike
+from kbpf.backend import Answer, Backend, FeatureKind, SocketLike
 from kbpf.kernel.btf import BtfCommands
 from kbpf.kernel.iterators import IteratorCommands
 from kbpf.kernel.links import LinkCommands
@@ -35,6 +35,11 @@ class KernelBackend(
     name: Literal["kernel"] = "kernel"
     #: The kernel verifies every program that it loads.
     verifies = True
+
+    def feature(self, kind: FeatureKind, name: str, program_type: str = "") -> Answer:
+        from kbpf.kernel.features import ask
+
+        return ask(kind, name, program_type)
 
     def explain_denied(
         self,

@@ -118,6 +118,16 @@ def privileges() -> Privileges:
     )
 
 
+def asker() -> tuple[object, ...]:
+    """What the kernel's answers depend on, besides the kernel: other capabilities, another namespace or filter."""
+    status = _status()
+    try:
+        namespace = Path("/proc/thread-self/ns/user").stat().st_ino
+    except OSError:
+        namespace = 0
+    return status.get("CapEff"), status.get("Seccomp"), status.get("Seccomp_filters"), namespace
+
+
 def may_use_bpf(program_type: str | None = None) -> bool:
     """Whether this process may create maps, and load programs of this type where one is given.
 
