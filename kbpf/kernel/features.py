@@ -21,6 +21,7 @@ from kbpf.kernel import probes, syscall
 from kbpf.kernel.attrs import command
 from kbpf.kernel.btf import loaded_btf
 from kbpf.kernel.denied import explain_denied
+from kbpf.kernel.tokens import command_with_token
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import ATTACH_TYPES, HELPERS, MAP_TYPES, PROG_TYPES
 
@@ -262,12 +263,12 @@ def _map(name: str, value_size: int | None = None) -> Iterator[int]:
         values["btf_vmlinux_value_type_id"] = 1
     elif probe.wants == "inner":
         with _map("array") as inner:
-            fd = command("map_create", inner_map_fd=inner, **values)
+            fd = command_with_token("map_create", inner_map_fd=inner, **values)
     if probe.wants == "btf":
         with loaded_btf(_INT) as btf:
-            fd = command("map_create", btf_fd=btf or 0, btf_key_type_id=1, btf_value_type_id=1, **values)
+            fd = command_with_token("map_create", btf_fd=btf or 0, btf_key_type_id=1, btf_value_type_id=1, **values)
     elif probe.wants != "inner":
-        fd = command("map_create", **values)
+        fd = command_with_token("map_create", **values)
     try:
         yield fd
     finally:
@@ -281,7 +282,7 @@ def _program(name: str, code: list[Instruction], attach_type: int | None = None)
     instructions, license = syscall.Buffer(ebpf.encode(code)), syscall.Buffer(b"GPL\0")
     log = syscall.Buffer(1 << 14)
     try:
-        fd = command(
+        fd = command_with_token(
             "prog_load",
             prog_type=PROG_TYPES[name],
             insns=instructions.address,
@@ -397,7 +398,7 @@ def _link(program_type: str, attach_type: str) -> Answer:
     probe, number = PROGRAMS[program_type], ATTACH_TYPES[attach_type]
     instructions, license = syscall.Buffer(ebpf.encode(_RETURN_0)), syscall.Buffer(b"GPL\0")
     try:
-        program = command(
+        program = command_with_token(
             "prog_load",
             prog_type=PROG_TYPES[program_type],
             insns=instructions.address,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from kbpf.kernel.attrs import command

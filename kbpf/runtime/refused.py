@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from kbpf.asm.ebpf_listing import lines
 from kbpf.errors import ObjectError, VerifierError
 from kbpf.specs import ProgramSpec
 from kbpf.verifier_log import LogInstruction, SourceLine
@@ -20,8 +21,8 @@ def locate(error: VerifierError, spec: ProgramSpec) -> None:
         index = len(spec.instructions) - 1
     if not 0 <= index < len(spec.instructions):
         return
-    code, dst, src, off, imm = spec.instructions[index]
-    error.locate(LogInstruction(index, f"({code:02x}) dst=r{dst} src=r{src} off={off} imm={imm}"), source(spec, index))
+    text = dict(lines(spec.instructions)).get(index, "")
+    error.locate(LogInstruction(index, text), source(spec, index))
 
 
 def source(spec: ProgramSpec, index: int) -> SourceLine | None:
