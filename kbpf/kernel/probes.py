@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kbpf.kernel.attrs import command
 from kbpf.kernel.attrs import read_text as read_text
-from kbpf.kernel.tokens import command_with_token, in_initial_user_namespace
+from kbpf.kernel.tokens import command_with_token, delegates_program, in_initial_user_namespace
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import MAP_TYPES
 
@@ -140,7 +140,11 @@ def may_use_bpf(program_type: str | None = None) -> bool:
         return False
     if program_type is None or program_type in _OPEN_PROGRAMS:
         return True
-    return not privileges().lacks(program_capabilities(program_type))
+    process, needed = privileges(), program_capabilities(program_type)
+    if process.initial_user_namespace:
+        return not process.lacks(needed)
+    # There a token makes the namespace's own capabilities count.
+    return all(process.effective & {name, "CAP_SYS_ADMIN"} for name in needed) and delegates_program(program_type)
 
 
 def program_capabilities(program_type: str) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ import errno
 import os
 from pathlib import Path
 
-from kbpf.kernel.attrs import command
+from kbpf.kernel.attrs import command, fdinfo
 from kbpf.uapi.constants import BPF_F_TOKEN_FD
+from kbpf.uapi.enums import PROG_TYPES
 
 _USUAL = "/sys/fs/bpf"
 # The inode of /proc/PID/ns/user in the first user namespace: fixed by the kernel (PROC_USER_INIT_INO).
@@ -38,6 +39,18 @@ def token_create(path: str) -> int:
         return command("token_create", bpffs_fd=place)
     finally:
         os.close(place)
+
+
+def delegates_program(type: str) -> bool:
+    """Whether this process can have a token that allows loading programs of this type."""
+    token = _token()
+    if token is None:
+        return False
+    try:
+        allowed = fdinfo(token).get("allowed_progs", "0")
+        return allowed == "any" or bool(int(allowed, 16) >> PROG_TYPES[type] & 1)
+    finally:
+        os.close(token)
 
 
 def command_with_token(name: str, /, **values: int | bytes) -> int:
