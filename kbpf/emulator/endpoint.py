@@ -57,6 +57,14 @@ _SKB, _SKB_SMALL = 256, 576
 _LOOK = 3600.0
 
 
+def room_in(buffer: Any, nbytes: int) -> memoryview:
+    """The bytes of a buffer that ``recv_into(buffer, nbytes)`` may write; 0 of them is all."""
+    view = memoryview(buffer).cast("B")
+    if not 0 <= nbytes <= len(view):
+        raise ValueError("nbytes is greater than the length of the buffer, or negative")
+    return view[: nbytes or len(view)]
+
+
 def truesize(need: int) -> int:
     """What a packet counts for whose data, headroom and shared info need so many bytes (`kmalloc_size_roundup`)."""
     if need <= _SKB_SMALL:
@@ -403,13 +411,11 @@ class DatagramEndpoint(Endpoint):
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
         """`recv_into`, and the sender."""
-        view = memoryview(buffer).cast("B")
-        if not 0 <= nbytes <= len(view):
-            raise ValueError("nbytes is greater than the length of the buffer, or negative")
+        view = room_in(buffer, nbytes)
         got = self._take(flags)
         if got is None:
             return 0, None
-        data = got.data[: nbytes or len(view)]
+        data = got.data[: len(view)]
         view[: len(data)] = data
         return (got.length if flags & MSG_TRUNC else len(data)), self._address(got)
 

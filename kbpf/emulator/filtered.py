@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from kbpf.backend import SocketLike
+from kbpf.emulator.endpoint import room_in
 from kbpf.emulator.process_sock import sock_of
 from kbpf.emulator.reconstruct import WANTED, Kind, packet_of
 from kbpf.emulator.slot import Slot, error
@@ -121,11 +122,9 @@ class FilteredSocket:
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        view = memoryview(buffer).cast("B")
-        if not 0 <= nbytes <= len(view):
-            raise ValueError("nbytes is greater than the length of the buffer, or negative")
+        view = room_in(buffer, nbytes)
         whole, _, _, address = self._receive(0, flags)
-        data = whole[: nbytes or len(view)]
+        data = whole[: len(view)]
         view[: len(data)] = data
         return (len(whole) if flags & sockets.MSG_TRUNC else len(data)), address
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from kbpf.emulator.endpoint import MSG_PEEK, MSG_WAITALL, Ancillary, Endpoint, fill
+from kbpf.emulator.endpoint import MSG_PEEK, MSG_WAITALL, Ancillary, Endpoint, fill, room_in
 from kbpf.emulator.slot import error
 
 SelfStream = TypeVar("SelfStream", bound="StreamEndpoint")
@@ -85,10 +85,8 @@ class StreamEndpoint(Endpoint):
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
         """`recv_into`, and the sender."""
-        view = memoryview(buffer).cast("B")
-        if not 0 <= nbytes <= len(view):
-            raise ValueError("nbytes is greater than the length of the buffer, or negative")
-        data, sender = self._read(nbytes or len(view), flags)
+        view = room_in(buffer, nbytes)
+        data, sender = self._read(len(view), flags)
         view[: len(data)] = data
         return len(data), sender
 
