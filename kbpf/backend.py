@@ -12,11 +12,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from errno import EPERM
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 BackendName = Literal["kernel", "emulator"]
 #: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
@@ -155,6 +158,38 @@ class LoadRefused(OSError):
         self.log = log
 
 
+class EventWaiter(Protocol):
+    """Sleeps until a program has written to, or read from, one of several buffers.
+
+    It may be left early, for nothing; buffers are looked at before each sleep, after `look`.
+    """
+
+    def add(self, fd: int, writing: bool = False) -> None:
+        """Wait for this ring or perf buffer too; with `writing` for room in a ring buffer of user space."""
+        ...
+
+    def look(self) -> float | None:
+        """To be called before memory is looked at: from here on, what a program writes ends the next sleep.
+
+        Returns after how many seconds it must be looked again in any case; None where that is not so.
+        """
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Sleep so long at most. Signal handlers run meanwhile, and what they raise comes out."""
+        ...
+
+    def wake(self) -> None:
+        """End the sleep of whoever waits, and each later one. Any thread and any signal handler may call it."""
+        ...
+
+    def subscribe(self, loop: AbstractEventLoop, callback: Callable[[], object]) -> Callable[[], object]:
+        """Have the loop call back whenever a sleep would end, until what this returns is called."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class SocketLike(Protocol):
     """Anything with a descriptor: sockets, asyncio's TransportSocket, files made from sockets."""
 
@@ -173,6 +208,10 @@ class Backend(Protocol):
 
     def possible_cpus(self) -> int:
         """Processors that per-CPU values have a slot for."""
+        ...
+
+    def online_cpus(self) -> list[int]:
+        """The numbers of the processors that programs run on now."""
         ...
 
     def close(self, fd: int) -> None: ...
@@ -226,14 +265,27 @@ class Backend(Protocol):
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         """mmap(2) of a map: a ring buffer's positions and data (once), an array's values with BPF_F_MMAPABLE.
 
-        A ring buffer has a page with the consumer's position (the only one that may be writable), a page with the
-        producer's, then `max_entries` bytes of data.
+        A ring buffer has a page with the consumer's position, a page with the producer's, then `max_entries` bytes of
+        data, which the kernel maps twice, one after the other, and the emulator once. The consumer's page alone may be
+        writable; in a ring buffer of user space the others.
         """
         ...
 
-    def perf_buffer(self, cpu: int, pages: int = 8) -> int:
-        """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`."""
+    def memory_barrier(self) -> Callable[[], object] | None:
+        """What keeps accesses to such memory in order between itself and before; None where they are anyway.
+
+        Raises EOPNOTSUPP on machines where there is none.
+        """
         ...
+
+    def perf_buffer(self, cpu: int, pages: int = 8, wakeup: int = 1) -> int:
+        """A buffer for bpf_perf_event_output on `cpu`, with a power of two of `pages` of data; see `map_memory`.
+
+        Whoever waits for it is woken at each `wakeup`th sample.
+        """
+        ...
+
+    def event_waiter(self) -> EventWaiter: ...
 
     def map_freeze(self, fd: int) -> None: ...
 

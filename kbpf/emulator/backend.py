@@ -24,6 +24,7 @@ from kbpf.backend import (
     BackendName,
     Batch,
     Engine,
+    EventWaiter,
     FeatureKind,
     ObjectKind,
     RawRun,
@@ -40,8 +41,10 @@ from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
 from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter, PerfReading
+from kbpf.emulator.maps.ringbuf import Ring
 from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
 from kbpf.emulator.statistics import Switch
+from kbpf.emulator.waiting import Waiter
 from kbpf.errors import FilterError
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa import cbpf
@@ -82,6 +85,9 @@ class EmulatorBackend:
 
     def possible_cpus(self) -> int:
         return environment.cpus
+
+    def online_cpus(self) -> list[int]:
+        return list(range(environment.cpus))
 
     def close(self, fd: int) -> None:
         handle = self._handle(fd)
@@ -246,8 +252,22 @@ class EmulatorBackend:
             raise refused(errno.ENODEV)
         return found.memory(offset, size, writable)
 
-    def perf_buffer(self, cpu: int, pages: int = 8) -> int:
-        return self._open(PerfBuffer(cpu, pages))
+    def memory_barrier(self) -> None:
+        """The interpreter's lock is one."""
+
+    def perf_buffer(self, cpu: int, pages: int = 8, wakeup: int = 1) -> int:
+        return self._open(PerfBuffer(cpu, pages, wakeup))
+
+    def event_waiter(self) -> EventWaiter:
+        return Waiter(self._buffer)
+
+    def _buffer(self, fd: int) -> Ring | PerfBuffer:
+        """The ring or perf buffer behind a descriptor; EPERM for what epoll(7) would not take."""
+        found = self._handle(fd)
+        buffer = found.map if isinstance(found, MapFile) else found
+        if not isinstance(buffer, Ring | PerfBuffer):
+            raise refused(errno.EPERM)
+        return buffer
 
     def perf_counter(self, read: Callable[[], PerfReading], cpu: int | None = None) -> int:
         """A counter for bpf_perf_event_read, of one processor or of the process, whose value is what `read` gives."""

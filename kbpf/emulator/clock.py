@@ -16,6 +16,8 @@ from kbpf.emulator.environment import environment
 
 #: Events that are kept without looking for cancelled ones.
 _FEW = 1024
+#: The longest that a wait goes without looking at the clock, in seconds.
+_LOOK = 3600.0
 
 
 class Event:
@@ -89,6 +91,15 @@ def run_due() -> None:
     now = environment.clock()
     while (event := timeline.take_due(now)) is not None:
         event.action()
+
+
+def until_due(left: float | None) -> float | None:
+    """How many seconds to wait for others at a time, with `left` to go: no longer than until the next event is due."""
+    due = timeline.next_due()
+    if due is None:
+        return left
+    event = min(max((due - environment.clock()) / 1e9, 0.001), _LOOK)
+    return event if left is None else min(left, event)
 
 
 def wall_time() -> int:

@@ -21,9 +21,8 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kbpf.emulator import process_sock
-from kbpf.emulator.clock import run_due, timeline
+from kbpf.emulator.clock import run_due, until_due
 from kbpf.emulator.datapath import backlog
-from kbpf.emulator.environment import environment
 from kbpf.emulator.slot import Slot, error
 from kbpf.emulator.sock import Sock
 from kbpf.uapi.constants import (
@@ -53,8 +52,6 @@ SO_SNDBUF = 7
 BUFFER_DEFAULT, BUFFER_MAX, RCVBUF_MIN, SNDBUF_MIN = 212992, 4194304, 2304, 4608
 #: What a small packet's buffer takes, beside struct sk_buff.
 _SKB, _SKB_SMALL = 256, 576
-#: The longest that a wait goes without looking at the clock, in seconds.
-_LOOK = 3600.0
 
 
 def room_in(buffer: Any, nbytes: int) -> memoryview:
@@ -174,7 +171,7 @@ class Endpoint:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError("timed out")
-            self._arrived.wait(_sooner(left))
+            self._arrived.wait(until_due(left))
             self._open()
             run_due()
 
@@ -320,15 +317,6 @@ class Endpoint:
         if not getattr(self, "closed", True):
             warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
-
-
-def _sooner(left: float | None) -> float | None:
-    """How long to wait for others, who have `left` seconds: no longer than until the next event is due."""
-    due = timeline.next_due()
-    if due is None:
-        return left
-    event = min(max((due - environment.clock()) / 1e9, 0.001), _LOOK)
-    return event if left is None else min(left, event)
 
 
 class DatagramEndpoint(Endpoint):

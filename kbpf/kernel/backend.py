@@ -11,6 +11,7 @@ from typing import Literal
 
 from kbpf.backend import Answer, Backend, FeatureKind, SocketLike
 from kbpf.kernel.btf import BtfCommands
+from kbpf.kernel.events import EventCommands
 from kbpf.kernel.iterators import IteratorCommands
 from kbpf.kernel.links import LinkCommands
 from kbpf.kernel.maps import MapCommands
@@ -22,6 +23,7 @@ from kbpf.kernel.tracing import TracingCommands
 
 class KernelBackend(
     MapCommands,
+    EventCommands,
     ProgramCommands,
     LinkCommands,
     IteratorCommands,

@@ -7,10 +7,7 @@ or a key shorter than its key, would have it touch memory behind the buffer.
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
-import os
-import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,9 +23,6 @@ from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_F_NUMA_NODE
 from kbpf.uapi.enums import COMMANDS, MAP_TYPES
 
-#: struct perf_event_attr: PERF_TYPE_SOFTWARE, its size, PERF_COUNT_SW_BPF_OUTPUT; PERF_SAMPLE_RAW.
-_BPF_OUTPUT = struct.pack("=IIQQQ", 1, 112, 10, 1, 1 << 10).ljust(112, b"\0")
-_PERF_EVENT_IOC_ENABLE = 0x2400
 _TYPE_NAMES = {number: name for name, number in MAP_TYPES.items()}
 
 
@@ -170,16 +164,6 @@ class MapCommands:
     def map_memory(self, fd: int, size: int, offset: int = 0, writable: bool = False) -> memoryview:
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         return memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, access, offset=offset))
-
-    def perf_buffer(self, cpu: int, pages: int = 8) -> int:
-        """How many `pages` there are is decided where the event is mapped. Linux 4.4."""
-        fd = syscall.perf_event_open(_BPF_OUTPUT, cpu)
-        try:
-            fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
 
     def map_freeze(self, fd: int) -> None:
         command("map_freeze", map_fd=fd)

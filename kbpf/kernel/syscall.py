@@ -10,7 +10,9 @@ import ctypes
 import errno
 import os
 import struct
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kbpf.errors import errno_text
@@ -118,6 +120,48 @@ def perf_event_open(attr: bytes, cpu: int, process: int = -1) -> int:
     if result < 0:
         raise _last_failure()
     return result
+
+
+# Machines whose processors keep loads in order, and stores in order behind them.
+_ORDERED = ("x86_64", "i686", "i586", "s390x")
+_SEQUENTIALLY_CONSISTENT = 5
+
+
+def memory_barrier() -> Callable[[], object] | None:
+    """A barrier between loads, and between loads and stores behind them: compiled code, called through ctypes.
+
+    None where the processor needs none. It is libatomic's ``atomic_thread_fence``; EOPNOTSUPP where that library is
+    missing.
+    """
+    if os.uname().machine in _ORDERED:
+        return None
+    return _fence()
+
+
+def _fence() -> Callable[[], object]:
+    try:
+        # Not CDLL, which would let go of the interpreter's lock.
+        fence = ctypes.PyDLL("libatomic.so.1").atomic_thread_fence
+    except (OSError, AttributeError):
+        raise OSError(
+            errno.EOPNOTSUPP, "ring buffers need libatomic.so.1 on this machine (Debian: libatomic1)"
+        ) from None
+    fence.argtypes, fence.restype = [ctypes.c_int], None
+    return partial(fence, _SEQUENTIALLY_CONSISTENT)
+
+
+def full_barrier() -> Callable[[], object]:
+    """A barrier that also keeps loads behind stores before them, which no processor does by itself."""
+    if os.uname().machine not in _ORDERED:
+        return _fence()
+    lock = threading.Lock()
+
+    def barrier() -> None:
+        # Taking a lock is a locked instruction, which these machines carry out in order with everything.
+        with lock:
+            pass
+
+    return barrier
 
 
 def _address(data: bytes | None) -> int:

@@ -7,10 +7,10 @@ of a hash, whether iteration sees concurrent changes) stays open.
 from __future__ import annotations
 
 import errno
-from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
+from collections.abc import ItemsView, Iterator, MutableMapping, Sequence, ValuesView
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kbpf.backend import Backend, object_name
 from kbpf.errors import BpfError, MapFullError
@@ -22,6 +22,10 @@ from kbpf.runtime.resource import Resource
 from kbpf.specs import MapSpec
 from kbpf.types import Type
 from kbpf.uapi.constants import BPF_ANY
+
+if TYPE_CHECKING:
+    from kbpf.runtime.event_writer import EventWriter
+    from kbpf.runtime.events import Events
 
 _PER_CPU = frozenset(["percpu_hash", "percpu_array", "lru_percpu_hash", "percpu_cgroup_storage"])
 _ARRAYS = frozenset(["array", "percpu_array", "prog_array", "perf_event_array", "cgroup_array", "array_of_maps"])
@@ -54,6 +58,8 @@ class Map(Resource, MutableMapping[Any, Any]):
     ) -> None:
         super().__init__(backend, fd, f'map "{shape.name}"' if shape.name else f"map ({shape.type})")
         self.shape = shape
+        #: What BTF says of the values; of ring buffers and perf event arrays, what an object says of the events.
+        self.value_type = value_type
         self.key_codec = codec(key_type, shape.key_size)
         self.value_codec = _value_codec(backend, shape, value_type)
         self._read = backend.map_reader(fd, shape.key_size, self.value_codec.size)
@@ -252,6 +258,45 @@ class Map(Resource, MutableMapping[Any, Any]):
         """Pin on a BPF file system (Linux 4.4). Raises `BpfError` (EEXIST; EINVAL where it is no bpffs)."""
         with doing(self._backend, f"pin {self.label} at {path}", operation="obj_pin"):
             self._backend.pin(self.fileno(), path)
+
+    def events(
+        self,
+        type: Any = None,
+        *,
+        size: int = 1 << 18,
+        wakeup: int = 1,
+        cpus: Sequence[int] | None = None,
+    ) -> Events:
+        """A reader of what programs write to this ring buffer or perf event array.
+
+        `type` says what the events are: a format of `struct`, a ctypes type, a dataclass (`kbpf.runtime.formats`), a
+        type of BTF, or a function of an event's bytes; without one they are bytes. Those of perf event arrays have up
+        to 7 bytes behind what the program gave, because the kernel rounds up.
+
+        For a perf event array a buffer of `size` bytes is made for each of `cpus` (all that are online, as far as the
+        array has elements for them), which takes the place of whoever read it before; readers are woken at each
+        `wakeup`th sample of a processor. That needs CAP_PERFMON. A ring buffer is to have one reader.
+
+        Raises `TypeError` for maps of other types, `PermissionDeniedError`, `NotSupportedError`.
+        """
+        from kbpf.runtime.events import Events
+
+        reader = Events(self._backend)
+        try:
+            reader.add(self, type, size=size, wakeup=wakeup, cpus=cpus)
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    def writer(self, type: Any = None) -> EventWriter:
+        """A writer for this ring buffer of user space (type user_ringbuf, Linux 6.1); `type` as in `events`.
+
+        Raises `TypeError` for maps of other types, `PermissionDeniedError`, `NotSupportedError`.
+        """
+        from kbpf.runtime.event_writer import EventWriter
+
+        return EventWriter(self, type)
 
     def _key(self, key: Any) -> bytes:
         return self.key_codec.encode(key)

@@ -64,20 +64,20 @@ def ringbuf_reserve_dynptr(run: Run, ring: int, size: int, flags: int, pointer: 
     return 0
 
 
-def _commit(run: Run, pointer: int, discard: bool) -> int:
+def _commit(run: Run, pointer: int, discard: bool, flags: int) -> int:
     address, _ = _get(run, pointer)
     if address:
-        commit_record(run, address, discard)
+        commit_record(run, address, discard, flags)
         _set(run, pointer)
     return 0
 
 
-def ringbuf_submit_dynptr(run: Run, pointer: int, *_: int) -> int:
-    return _commit(run, pointer, False)
+def ringbuf_submit_dynptr(run: Run, pointer: int, flags: int, *_: int) -> int:
+    return _commit(run, pointer, False, flags)
 
 
-def ringbuf_discard_dynptr(run: Run, pointer: int, *_: int) -> int:
-    return _commit(run, pointer, True)
+def ringbuf_discard_dynptr(run: Run, pointer: int, flags: int, *_: int) -> int:
+    return _commit(run, pointer, True, flags)
 
 
 def dynptr_read(run: Run, to: int, length: int, pointer: int, offset: int, flags: int) -> int:
@@ -114,6 +114,16 @@ def user_ringbuf_drain(run: Run, ring: int, callback: int, context: int, flags: 
         raise EmulationFault(f"a {found.type} map is no ring buffer of user space")
     if flags & ~_WAKEUPS:
         return -errno.EINVAL
+    before = found.consumed
+    try:
+        return _drain(run, found, callback, context)
+    finally:
+        # Those who wait for room are told.
+        if flags & uapi.BPF_RB_FORCE_WAKEUP or (found.consumed != before and not flags & uapi.BPF_RB_NO_WAKEUP):
+            found.notify()
+
+
+def _drain(run: Run, found: UserRingBuffer, callback: int, context: int) -> int:
     samples = 0
     for _ in range(_MOST_SAMPLES):
         try:

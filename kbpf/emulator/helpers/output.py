@@ -42,20 +42,20 @@ def ringbuf_reserve(run: Run, ring: int, size: int, flags: int, *_: int) -> int:
     return record.region.address
 
 
-def ringbuf_submit(run: Run, address: int, *_: int) -> int:
-    return commit_record(run, address, False)
+def ringbuf_submit(run: Run, address: int, flags: int, *_: int) -> int:
+    return commit_record(run, address, False, flags)
 
 
-def ringbuf_discard(run: Run, address: int, *_: int) -> int:
-    return commit_record(run, address, True)
+def ringbuf_discard(run: Run, address: int, flags: int, *_: int) -> int:
+    return commit_record(run, address, True, flags)
 
 
-def commit_record(run: Run, address: int, discard: bool) -> int:
+def commit_record(run: Run, address: int, discard: bool, flags: int) -> int:
     """Submit or discard the record that a program has at an address."""
     record = run.owner(address)
     if not isinstance(record, Record):
         raise EmulationFault("this is no reserved record", address=address)
-    record.ring.commit(record, discard)
+    record.ring.commit(record, discard, flags)
     run.held = tuple(held for held in run.held if held is not record)
     run.forget(record.region)
     return 0

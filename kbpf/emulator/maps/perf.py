@@ -60,7 +60,7 @@ class PerfCounter:
 class PerfBuffer:
     """What perf_event_open(2) gives for PERF_COUNT_SW_BPF_OUTPUT on one processor, with `pages` of data."""
 
-    def __init__(self, cpu: int, pages: int) -> None:
+    def __init__(self, cpu: int, pages: int, wakeup: int) -> None:
         if pages < 1 or pages & pages - 1:
             raise refused(errno.EINVAL)
         self.cpu = cpu
@@ -73,6 +73,10 @@ class PerfBuffer:
         self._opened = environment.clock()
         #: Samples that found no room since the last that did.
         self._lost = 0
+        #: Who is told of each `wakeup`th sample.
+        self.listeners: list[Callable[[], object]] = []
+        self._wakeup = wakeup
+        self._untold = 0
 
     def read(self) -> PerfReading:
         """Such an event counts nothing."""
@@ -87,19 +91,27 @@ class PerfBuffer:
         return view if writable else view.toreadonly()
 
     def output(self, data: bytes) -> None:
-        """Write a sample of raw data; ENOSPC where there is no room, and then a record of the loss."""
-        padded = data + bytes(-(len(data) + 4) % 8)
-        record = _HEADER.pack(_SAMPLE, _IN_KERNEL, _HEADER.size + 4 + len(padded))
-        record += len(padded).to_bytes(4, sys.byteorder) + padded
+        """Write a sample of raw data; ENOSPC where there is no room, and then a record of the loss.
+
+        The data with its size is rounded up to 8 bytes, by what lies there already.
+        """
+        padding = -(len(data) + 4) % 8
+        size = len(data) + padding
+        record = _HEADER.pack(_SAMPLE, _IN_KERNEL, _HEADER.size + 4 + size) + size.to_bytes(4, sys.byteorder) + data
         if self._lost:
             record = _HEADER.pack(_LOST, 0, 24) + _WORD.pack(self.id) + _WORD.pack(self._lost) + record
         head, tail = (_WORD.unpack_from(self._memory, at)[0] for at in (_HEAD, _TAIL))
-        if (tail - head - 1) % self._data.size < len(record):
+        if (tail - head - 1) % self._data.size < len(record) + padding:
             self._lost += 1
             raise refused(errno.ENOSPC)
         self._lost = 0
         self._data.write(head, record)
-        _WORD.pack_into(self._memory, _HEAD, head + len(record) & M64)
+        _WORD.pack_into(self._memory, _HEAD, head + len(record) + padding & M64)
+        self._untold += 1
+        if self._untold >= self._wakeup:
+            self._untold -= self._wakeup
+            for listener in tuple(self.listeners):
+                listener()
 
 
 _ids = itertools.count(1)

@@ -5,7 +5,8 @@ the producer's, and the data. User space of both backends reads it alike. (Linux
 other, so that no record is cut; here a record may go on at the start.)
 
 A record is an 8-byte header, its length in the low 30 bits of the first word, and the data rounded up to 8 bytes.
-A program works on a copy while it holds a record, so that it can reach nothing beside it.
+A program works on a copy while it holds a record, so that it can reach nothing beside it. Programs of other threads,
+and user space, may be at the same ring at the same time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import errno
 import struct
 import sys
+import threading
 import weakref
+from collections.abc import Callable
 from mmap import PAGESIZE
 
 from kbpf.emulator.maps.base import Map, page_buffer, refused
@@ -47,6 +50,13 @@ class Ring(Map):
     def allocate(self) -> None:
         self._memory = page_buffer(_DATA + self.max_entries)
         self.data = Circle(self._memory, _DATA, self.max_entries)
+        #: Who is told when the other side has done something.
+        self.listeners: list[Callable[[], object]] = []
+
+    def notify(self) -> None:
+        """What Linux does with those who poll(2)."""
+        for listener in tuple(self.listeners):
+            listener()
 
     @property
     def consumed(self) -> int:
@@ -106,6 +116,7 @@ class RingBuffer(Ring):
         #: Where the oldest record lies that may not be committed.
         self._pending = 0
         self._reserved: dict[int, Record] = {}
+        self._lock = threading.RLock()
 
     def may_map_writable(self, offset: int, size: int) -> bool:
         return offset == _CONSUMER and size == PAGESIZE
@@ -115,6 +126,10 @@ class RingBuffer(Ring):
         length = _footprint(size)
         if size > _LONGEST or length > self.max_entries:
             return None
+        with self._lock:
+            return self._reserve(size, length)
+
+    def _reserve(self, size: int, length: int) -> Record | None:
         self._pass_committed()
         start = self.produced
         end = start + length
@@ -126,14 +141,20 @@ class RingBuffer(Ring):
         record = self._reserved[start] = Record(self, start, size)
         return record
 
-    def commit(self, record: Record, discard: bool = False) -> None:
-        """Give a record to user space, which skips it if it was discarded."""
-        del self._reserved[record.position]
-        length = record.size | (uapi.BPF_RINGBUF_DISCARD_BIT if discard else 0)
-        self.data.write(record.position, length.to_bytes(4, sys.byteorder))
+    def commit(self, record: Record, discard: bool = False, flags: int = 0) -> None:
+        """Give a record to user space, which skips it if it was discarded, and wake who waits for this very one.
+
+        BPF_RB_FORCE_WAKEUP wakes always, BPF_RB_NO_WAKEUP never; other flags mean nothing.
+        """
         buffer = record.region.buffer
         assert isinstance(buffer, bytearray)
         self.data.write(record.position + uapi.BPF_RINGBUF_HDR_SZ, buffer)
+        length = record.size | (uapi.BPF_RINGBUF_DISCARD_BIT if discard else 0)
+        self.data.write(record.position, length.to_bytes(4, sys.byteorder))
+        del self._reserved[record.position]
+        awaited = (self.consumed ^ record.position) & self.max_entries - 1 == 0
+        if flags & uapi.BPF_RB_FORCE_WAKEUP or (awaited and not flags & uapi.BPF_RB_NO_WAKEUP):
+            self.notify()
 
     def output(self, data: bytes, flags: int) -> None:
         """Reserve, fill and submit in one."""
@@ -143,7 +164,7 @@ class RingBuffer(Ring):
         if record is None:
             raise refused(errno.EAGAIN)
         record.region.buffer = bytearray(data)
-        self.commit(record)
+        self.commit(record, flags=flags)
 
     def query(self, what: int) -> int:
         """BPF_RB_*: sizes and positions; 0 for what there is not."""
