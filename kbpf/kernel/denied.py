@@ -1,12 +1,13 @@
 """Why EPERM or EACCES came: what this process lacks, and what to do about it.
 
-Only what was read from this process and this kernel is said. Memory limits are no reason: since Linux 5.11 BPF is
-charged to the memory control group, and a refusal for memory is ENOMEM.
+Only what was read from this process and this kernel is said. Memory limits are a reason only on kernels that charge
+BPF to RLIMIT_MEMLOCK: since Linux 5.11 it is the memory control group that pays, and a refusal for memory is ENOMEM.
 """
 
 from __future__ import annotations
 
 import errno as errnos
+import resource
 
 from kbpf.backend import LOCKED, SocketLike, refused_by_object
 from kbpf.kernel import probes
@@ -14,6 +15,18 @@ from kbpf.kernel.sockets import socket_option
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
 
+_LET_THROUGH = "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator"
+_CGROUP_PROGRAMS = frozenset(
+    [
+        "cgroup_skb",
+        "cgroup_sock",
+        "cgroup_device",
+        "cgroup_sock_addr",
+        "cgroup_sysctl",
+        "cgroup_sockopt",
+        "sock_ops",
+    ]
+)
 # Commands that need a capability whatever they work on (kernel/bpf/syscall.c).
 _ADMIN_COMMANDS = frozenset(
     [
@@ -28,6 +41,10 @@ _ADMIN_COMMANDS = frozenset(
         "enable_stats",
     ]
 )
+
+# Commands that make something. With nothing said they fail for that, when nobody refuses them before.
+_MAKING = ("map_create", "prog_load", "btf_load")
+_ATTACHING = ("link_create", "prog_attach", "prog_detach", "link_update", "link_detach")
 
 
 def explain_denied(
@@ -54,17 +71,23 @@ def explain_denied(
     return refused_by_object(operation, errno) or _capabilities(operation, program_type, map_type)
 
 
+def _needed(operation: str, program_type: str, map_type: str) -> tuple[str, ...]:
+    """The capabilities that a command takes (kernel/bpf/syscall.c)."""
+    if operation in _ADMIN_COMMANDS:
+        return ("CAP_SYS_ADMIN",)
+    if operation == "prog_query":
+        return ("CAP_NET_ADMIN",)
+    if operation in _ATTACHING:
+        # Programs of other types took theirs when they were loaded.
+        return ("CAP_NET_ADMIN",) if program_type == "cgroup_skb" else ()
+    return probes.map_capabilities(map_type) if map_type else probes.program_capabilities(program_type)
+
+
 def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str, ...]:
     process = probes.privileges()
-    if operation in _ADMIN_COMMANDS:
-        needed: tuple[str, ...] = ("CAP_SYS_ADMIN",)
-    elif map_type:
-        needed = probes.map_capabilities(map_type)
-    else:
-        needed = probes.program_capabilities(program_type)
-    lacking = process.lacks(needed)
+    lacking = process.lacks(_needed(operation, program_type, map_type))
     if not lacking:
-        return _security_module(process)
+        return _otherwise(operation, program_type, process)
     named = " and ".join(lacking)
     if not process.initial_user_namespace:
         return (
@@ -73,9 +96,30 @@ def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str
         )
     reason = f"the process lacks {named}"
     disabled = process.unprivileged_bpf_disabled
-    if disabled and probes.open_to_all(program_type=program_type, map_type=map_type):
+    if disabled and operation in _MAKING and probes.open_to_all(program_type=program_type, map_type=map_type):
         reason += f", and kernel.unprivileged_bpf_disabled is {disabled}"
     return reason, f"run as root, grant {named}, or set KBPF_BACKEND=emulator"
+
+
+def _otherwise(operation: str, program_type: str, process: probes.Privileges) -> tuple[str, ...]:
+    """Why it is refused to a process that has the capabilities."""
+    if operation in _MAKING:
+        if probes.bpf_answers(operation):
+            who = "a seccomp filter" if process.seccomp else "a security module"
+            return (f"{who} refuses {operation} to this process", _LET_THROUGH)
+        if operation != "btf_load" and probes.charges_memlock():
+            soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+            if soft != resource.RLIM_INFINITY:
+                return (
+                    f"this kernel charges BPF's memory to RLIMIT_MEMLOCK, which is {soft} bytes",
+                    "raise it (ulimit -l unlimited), or use Linux 5.11 or later",
+                )
+    if operation in _ATTACHING and program_type in _CGROUP_PROGRAMS:
+        return (
+            "a program in this control group or in one above it was attached to let no others in beside it",
+            "detach it, or attach it with BPF_F_ALLOW_MULTI",
+        )
+    return _security_module(process)
 
 
 def _security_module(process: probes.Privileges) -> tuple[str, ...]:
@@ -99,10 +143,7 @@ def _blocked(number: int) -> tuple[str, ...]:
         return ("this kernel has no bpf(2), or seccomp hides it", "set KBPF_BACKEND=emulator")
     mode = probes.privileges().seccomp
     who = "a seccomp filter" if mode else "a security module"
-    return (
-        f"{who} refuses every bpf(2) of this process",
-        "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator",
-    )
+    return (f"{who} refuses every bpf(2) of this process", _LET_THROUGH)
 
 
 def _pin(operation: str, errno: int) -> tuple[str, ...]:

@@ -320,6 +320,12 @@ def _program_type(name: str) -> Answer:
     return _failed(error, "prog_load", program_type=name)
 
 
+def loads_call(name: str) -> bool:
+    """Whether a socket filter that calls a helper without arguments loads."""
+    call = Instruction(ebpf.JMP | ebpf.CALL, 0, 0, 0, HELPERS[name])
+    return _program("socket_filter", [call, *_RETURN_0])[0] is None
+
+
 def _helper(program_type: str, name: str) -> Answer:
     number = HELPERS[name]
     if program_type not in PROGRAMS:

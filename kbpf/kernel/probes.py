@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,16 +168,37 @@ def open_to_all(*, program_type: str = "", map_type: str = "") -> bool:
     return program_type in _OPEN_PROGRAMS or map_type in _OPEN_MAPS
 
 
-def bpf_answers() -> int:
+def bpf_answers(operation: str = "map_lookup_elem") -> int:
     """0 if bpf(2) is there and let through to the kernel, else the errno that it meets: ENOSYS, or what seccomp says.
 
-    Asked with a look-up on a descriptor that cannot be: EBADF is the answer of a kernel that is asked.
+    Asked with a look-up on a descriptor that cannot be, or with a command that makes something and is not told what:
+    EBADF, or of the others anything that is not a refusal, is the answer of a kernel that is asked.
     """
     try:
-        command("map_lookup_elem", map_fd=-1)
+        if operation == "map_lookup_elem":
+            command(operation, map_fd=-1)
+        else:
+            command(operation)
     except OSError as error:
-        return 0 if error.errno == errno.EBADF else error.errno or 0
+        number = error.errno or 0
+        if operation == "map_lookup_elem":
+            return 0 if number == errno.EBADF else number
+        return number if number in (errno.EPERM, errno.EACCES, errno.ENOSYS) else 0
     return 0
+
+
+def charges_memlock() -> bool:
+    """Whether this kernel charges BPF's memory to RLIMIT_MEMLOCK, as all did before Linux 5.11.
+
+    Distributions' kernels may have the change with an older number: what came with it is asked for then, the helper
+    bpf_ktime_get_coarse_ns.
+    """
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if release is None or (int(release[1]), int(release[2])) >= (5, 11):
+        return False
+    from kbpf.kernel.features import loads_call
+
+    return not loads_call("ktime_get_coarse_ns")
 
 
 def lockdown() -> str | None:

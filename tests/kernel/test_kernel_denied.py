@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,6 +166,66 @@ print(kernel.explain_denied("map_create", errno.EPERM, map_type="hash")[0])
     )
 
 
+@pytest.mark.requires("kernel")
+@pytest.mark.parametrize(("refused", "allowed"), [("map_create", "prog_load"), ("prog_load", "map_create")])
+def test_a_seccomp_filter_for_one_command_is_named(readable_kbpf: Path, refused: str, allowed: str) -> None:
+    script = (
+        PRELUDE
+        + """
+import ctypes, struct
+from kbpf.kernel.syscall import Buffer, _SYS_BPF
+from kbpf.uapi.enums import COMMANDS
+refused, allowed = sys.argv[1:]
+refuse, allow = 0x00050000 | errno.EPERM, 0x7FFF0000
+program = Buffer(cbpf.encode([
+    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 0), cbpf.jump(cbpf.JMP | cbpf.JEQ, _SYS_BPF, 0, 3),
+    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 16), cbpf.jump(cbpf.JMP | cbpf.JEQ, COMMANDS[refused], 0, 1),
+    cbpf.stmt(cbpf.RET, refuse), cbpf.stmt(cbpf.RET, allow),
+]))
+fprog = Buffer(struct.pack("@HP", 6, program.address))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.c_void_p(fprog.address)) == 0
+for command in (refused, allowed): print(kernel.explain_denied(command, errno.EPERM)[0])
+"""
+    )
+    command = [sys.executable, "-c", script, refused, allowed]
+    done = subprocess.run(command, cwd=readable_kbpf, capture_output=True, text=True, timeout=30, check=False)
+    first, second = done.stdout.splitlines() or ["", done.stderr]
+    assert first == f"a seccomp filter refuses {refused} to this process"
+    assert "seccomp" not in second
+
+
+@pytest.mark.requires("unprivileged", "kernel")
+def test_attaching_to_a_control_group_names_what_it_takes(nobody: Runner) -> None:
+    script = PRELUDE + (
+        "program = kernel.program_load(ProgramSpec(type='cgroup_skb', instructions=[(0xB7,), (0x95,)],\n"
+        "    expected_attach_type='cgroup_inet_ingress'), ())\n"
+        "import os\n"
+        "group = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "print(outcome(kernel.link_create, program, group, 'cgroup_inet_ingress'))\n"
+        "print(kernel.explain_denied('link_create', errno.EPERM, program_type='cgroup_skb')[0])\n"
+    )
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    groups = [place for _, place, kind, *_ in mounts if kind == "cgroup2"]
+    if not groups:
+        pytest.skip("no control groups of version 2 are mounted")
+    done = nobody(script, groups[0], capabilities="+bpf")
+    assert done.stdout.splitlines() == ["EPERM", "the process lacks CAP_NET_ADMIN"], done.stderr
+
+
+@pytest.mark.requires("kernel")
+def test_this_kernel_charges_no_memory_to_the_limit() -> None:
+    script = (
+        "import resource\n"
+        "from kbpf.kernel import probes\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))\n"
+        "print(probes.charges_memlock(), probes.may_use_bpf())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    charged, able = done.stdout.split()
+    assert (charged, able) in (("False", "True"), ("True", "False"))
+
+
 def held(**changes: object) -> Privileges:
     everything = Privileges(frozenset(probes.CAPABILITIES), True, 2, None, 0, False)
     return everything._replace(**changes)
@@ -177,7 +238,7 @@ class TestReasons:
     def process(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def pretend(blocked: int = 0, **changes: object) -> None:
             monkeypatch.setattr(denied.probes, "privileges", lambda: held(**changes))
-            monkeypatch.setattr(denied.probes, "bpf_answers", lambda: blocked)
+            monkeypatch.setattr(denied.probes, "bpf_answers", lambda operation="": blocked)
 
         return pretend
 
@@ -197,6 +258,29 @@ class TestReasons:
     def test_no_bpf_at_all(self, process: Callable[..., None]) -> None:
         process(blocked=errno.ENOSYS)
         assert "no bpf(2)" in explain_denied("map_create", errno.EPERM)[0]
+
+    @pytest.mark.parametrize(("release", "charged"), [("5.10.0-8-amd64", True), ("5.11.0", False), ("6.18.44", False)])
+    def test_memory_limits_count_where_older_kernels_charge_them(
+        self, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch, release: str, charged: bool
+    ) -> None:
+        process()
+        monkeypatch.setattr("os.uname", lambda: os.uname_result(("Linux", "host", release, "#1", "x86_64")))
+        monkeypatch.setattr("kbpf.kernel.features.loads_call", lambda name: False)
+        monkeypatch.setattr("resource.getrlimit", lambda which: (65536, 65536))
+        said = " ".join(explain_denied("map_create", errno.EPERM, map_type="hash"))
+        assert ("RLIMIT_MEMLOCK, which is 65536 bytes" in said) is charged
+
+    def test_a_kernel_with_the_change_and_an_older_number_charges_nothing(
+        self, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        process()
+        monkeypatch.setattr("os.uname", lambda: os.uname_result(("Linux", "host", "4.18.0-553.el8", "#1", "x86_64")))
+        monkeypatch.setattr("kbpf.kernel.features.loads_call", lambda name: True)
+        assert "MEMLOCK" not in " ".join(explain_denied("map_create", errno.EPERM, map_type="hash"))
+
+    def test_programs_that_let_no_others_in(self, process: Callable[..., None]) -> None:
+        process()
+        assert "to let no others in" in explain_denied("link_create", errno.EPERM, program_type="cgroup_sock")[0]
 
     def test_map_rights(self, process: Callable[..., None]) -> None:
         process()
