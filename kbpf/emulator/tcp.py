@@ -128,7 +128,8 @@ class Listener:
             type=own.type,
             protocol=own.protocol,
             local=MAPPED + ip.target if wide else ip.target,
-            local_port=own.local_port,
+            # Where a program has given it the packet, not its own.
+            local_port=segment.header.target_port,
             remote=MAPPED + ip.source if wide else ip.source,
             remote_port=segment.header.source_port,
             bound_dev_if=own.bound_dev_if,

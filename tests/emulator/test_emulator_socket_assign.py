@@ -95,17 +95,26 @@ def receive(program: int) -> None:
         os.close(link)
 
 
-def assigns_port(port: int) -> Code:
-    """Give every packet to the UDP socket that is bound to 127.0.0.1 at `port`, if one is."""
+def assigns_port(port: int, helper: str = "sk_lookup_udp") -> Code:
+    """Give every packet to the socket that is bound to 127.0.0.1 at `port`, if one is."""
     question = tuple_of("0.0.0.0", 0, "127.0.0.1", port)
     words = [int.from_bytes(question[at : at + 4], sys.byteorder) for at in range(0, 12, 4)]
     return [
         *copy(9, 1),
         *(Instruction(ebpf.ST | ebpf.MEM | ebpf.W, 10, 0, 4 * at - 12, signed(word)) for at, word in enumerate(words)),
-        *copy(1, 9), *stack(2, -12), *mov(3, 12), *mov(4, -1), *mov(5, 0), *call("sk_lookup_udp"),
+        *copy(1, 9), *stack(2, -12), *mov(3, 12), *mov(4, -1), *mov(5, 0), *call(helper),
         Instruction(ebpf.JMP | ebpf.JEQ, 0, 0, 8),
         *copy(8, 0), *copy(1, 9), *copy(2, 8), *mov(3, 0), *call("sk_assign"), *copy(1, 8), *call("sk_release"),
         *mov(0, 0), *mov(0, 0), Instruction(ebpf.JMP | ebpf.EXIT),
+    ]  # fmt: skip
+
+
+def byte_is(offset: int, value: int, otherwise: Code) -> Code:
+    """Go on if the packet's byte is that; R9 is the context."""
+    return [
+        *copy(1, 9), *mov(2, offset), *stack(3, -1), *mov(4, 1), *call("skb_load_bytes"),
+        Instruction(ebpf.LDX | ebpf.MEM | ebpf.B, 1, 10, -1),
+        Instruction(ebpf.JMP | ebpf.JEQ, 1, 0, len(otherwise), value), *otherwise,
     ]  # fmt: skip
 
 
@@ -137,6 +146,35 @@ def test_an_assigned_packet_goes_to_its_socket_or_its_group(
             group[0].connect(("127.0.0.1", 9))
             outcome(sender.sendto, b"\0later", ("127.0.0.1", 82))
             found += [received(one) for one in (*group, other)]
+        for each in (link, fd):
+            host.backend.close(each)
+        return found
+
+    same_on_both(netns, scenario)
+
+
+def test_a_connection_to_another_port_is_given_to_a_listener(netns: NetworkNamespace) -> None:
+    leave = [*mov(0, 0), Instruction(ebpf.JMP | ebpf.EXIT)]
+    # A SYN to port 82, by the protocol, the port's low byte and the flags.
+    filters = [i for at, value in ((23, 6), (37, 82), (47, 2)) for i in byte_is(at, value, leave)]
+    lookup = assigns_port(80, "sk_lookup_tcp")
+    code = [*lookup[:1], *filters, *lookup[1:]]
+
+    def scenario(host: Host) -> Any:
+        listener = host.open(type=socket.SOCK_STREAM)
+        listener.bind(("127.0.0.1", 80))
+        listener.listen()
+        spec = ProgramSpec(type="sched_cls", instructions=tuple(code), license="GPL")
+        fd = host.backend.program_load(spec, [])
+        link = host.backend.link_create(fd, LOOPBACK, "tcx_ingress")
+        client = host.open(type=socket.SOCK_STREAM)
+        client.connect(("127.0.0.1", 82))
+        child = host.keep(listener.accept()[0])
+        child.sendall(b"to the client")
+        client.sendall(b"to the server")
+        found = [child.getsockname(), client.getpeername(), child.recv(100), client.recv(100)]
+        other = host.open(type=socket.SOCK_STREAM)
+        found.append(outcome(other.connect, ("127.0.0.1", 83)))
         for each in (link, fd):
             host.backend.close(each)
         return found
