@@ -520,6 +520,7 @@ class Backend(Protocol):
         program_type: str = "",
         map_type: str = "",
         socket: SocketLike | None = None,
+        path: str = "",
     ) -> tuple[str, ...]:
         """Why EPERM or EACCES came: a line each for reason and remedy, from what this process really lacks."""
         ...

@@ -569,6 +569,7 @@ class EmulatorBackend:
         program_type: str = "",
         map_type: str = "",
         socket: SocketLike | None = None,
+        path: str = "",
     ) -> tuple[str, ...]:
         return refused_by_object(operation, errno)
 

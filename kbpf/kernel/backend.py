@@ -51,10 +51,11 @@ class KernelBackend(
         program_type: str = "",
         map_type: str = "",
         socket: SocketLike | None = None,
+        path: str = "",
     ) -> tuple[str, ...]:
         from kbpf.kernel.denied import explain_denied
 
-        return explain_denied(operation, errno, program_type=program_type, map_type=map_type, socket=socket)
+        return explain_denied(operation, errno, program_type=program_type, map_type=map_type, socket=socket, path=path)
 
 
 @cache

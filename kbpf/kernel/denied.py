@@ -7,7 +7,10 @@ BPF to RLIMIT_MEMLOCK: since Linux 5.11 it is the memory control group that pays
 from __future__ import annotations
 
 import errno as errnos
+import os
 import resource
+import stat
+from pathlib import Path
 
 from kbpf.backend import LOCKED, SocketLike, refused_by_object
 from kbpf.kernel import probes
@@ -48,7 +51,13 @@ _ATTACHING = ("link_create", "prog_attach", "prog_detach", "link_update", "link_
 
 
 def explain_denied(
-    operation: str, errno: int, *, program_type: str = "", map_type: str = "", socket: SocketLike | None = None
+    operation: str,
+    errno: int,
+    *,
+    program_type: str = "",
+    map_type: str = "",
+    socket: SocketLike | None = None,
+    path: str = "",
 ) -> tuple[str, ...]:
     """Reasons and remedies, a line each; see `kbpf.backend.Backend.explain_denied`.
 
@@ -67,7 +76,7 @@ def explain_denied(
     if blocked:
         return _blocked(blocked)
     if operation in ("obj_get", "obj_pin"):
-        return _pin(operation, errno)
+        return _pin(operation, errno, path)
     return refused_by_object(operation, errno) or _capabilities(operation, program_type, map_type)
 
 
@@ -146,9 +155,21 @@ def _blocked(number: int) -> tuple[str, ...]:
     return (f"{who} refuses every bpf(2) of this process", _LET_THROUGH)
 
 
-def _pin(operation: str, errno: int) -> tuple[str, ...]:
+def _pin(operation: str, errno: int, path: str) -> tuple[str, ...]:
     if operation == "obj_get" or errno == errnos.EACCES:
-        return ("the file system's permissions: pins are made with mode 0600, for their owner",)
+        try:
+            found = Path(path).stat()
+        except PermissionError:
+            return ("a folder above the pin may not be entered by this process",)
+        except OSError:
+            found = None
+        if found is None or not path:
+            return ("the file system's permissions: pins are made with mode 0600, for their owner",)
+        mode = stat.S_IMODE(found.st_mode)
+        return (
+            f"the pin does not let this process in: mode {mode:04o} of user {found.st_uid}, it is user {os.geteuid()}",
+            "chmod 0666 it, or 0644 for opening it read-only (BPF_F_RDONLY)",
+        )
     mounted = probes.bpffs()
     reason = "pins are made only on a BPF file system, under names without a dot"
     return (reason, f"one is mounted at {mounted}" if mounted else "mount one: mount -t bpf bpf /sys/fs/bpf")

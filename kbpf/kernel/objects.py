@@ -30,7 +30,11 @@ class ObjectCommands:
 
     def open_pinned(self, path: str, flags: int = 0) -> int:
         memory = _path(path)
-        return command("obj_get", pathname=memory.address, file_flags=flags)
+        try:
+            return command("obj_get", pathname=memory.address, file_flags=flags)
+        except PermissionError as error:
+            error.filename = path
+            raise
 
     def unpin(self, path: str) -> None:
         Path(path).unlink()

@@ -70,7 +70,14 @@ def translate(
     number = error.errno or 0
     log = error.log if isinstance(error, LoadRefused) else ""
     if number in (errno.EPERM, errno.EACCES) and not log:
-        reasons = backend.explain_denied(operation, number, program_type=program_type, map_type=map_type, socket=socket)
+        reasons = backend.explain_denied(
+            operation,
+            number,
+            program_type=program_type,
+            map_type=map_type,
+            socket=socket,
+            path=os.fsdecode(error.filename or ""),
+        )
         return PermissionDeniedError(number, what, (*reasons, *hints))
     if isinstance(error, LoadRefused):
         return VerifierError(number, what, log, hints)

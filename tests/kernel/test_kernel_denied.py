@@ -6,14 +6,17 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kbpf.kernel import denied, probes
+from kbpf.kernel.backend import KernelBackend
 from kbpf.kernel.denied import explain_denied
 from kbpf.kernel.probes import Privileges
+from kbpf.specs import MapSpec
 
 Runner = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -211,6 +214,37 @@ def test_attaching_to_a_control_group_names_what_it_takes(nobody: Runner) -> Non
         pytest.skip("no control groups of version 2 are mounted")
     done = nobody(script, groups[0], capabilities="+bpf")
     assert done.stdout.splitlines() == ["EPERM", "the process lacks CAP_NET_ADMIN"], done.stderr
+
+
+OPEN = """
+import sys, kbpf
+try:
+    kbpf.Map.open(path=sys.argv[1], backend="kernel")
+except kbpf.PermissionDeniedError as error:
+    print(error.hints[0])
+"""
+
+
+@pytest.mark.requires("unprivileged", "kernel")
+def test_a_pin_of_somebody_else_shows_its_mode(nobody: Runner, bpffs: Path, kernel: KernelBackend) -> None:
+    fd = kernel.map_create(MapSpec(type="array", key_size=4, value_size=4, max_entries=1))
+    try:
+        kernel.pin(fd, str(bpffs / "pinned"))
+    finally:
+        kernel.close(fd)
+    done = nobody(OPEN, str(bpffs / "pinned"))
+    assert done.stdout == "a folder above the pin may not be entered by this process\n", done.stderr
+    # Under a folder that all may enter the pin's own mode is what refuses.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        bound = Path(folder, "bpf")
+        bound.mkdir()
+        subprocess.run(["mount", "--bind", bpffs, bound], check=True)
+        try:
+            done = nobody(OPEN, str(bound / "pinned"))
+        finally:
+            subprocess.run(["umount", bound], check=True)
+    assert done.stdout == "the pin does not let this process in: mode 0600 of user 0, it is user 65534\n", done.stderr
 
 
 @pytest.mark.requires("kernel")
