@@ -200,8 +200,8 @@ class Connection:
     def _flight(self) -> int:
         return self.snd_nxt - self.snd_una & M32
 
-    def push(self) -> None:
-        """Send what may be sent (`tcp_write_xmit`)."""
+    def push(self, probing: bool = False) -> None:
+        """Send what may be sent, however little it is where that is a probe (`tcp_write_xmit`)."""
         if self.sock.state in (BPF_TCP_SYN_SENT, BPF_TCP_NEW_SYN_RECV, BPF_TCP_CLOSE, BPF_TCP_TIME_WAIT):
             return
         with backlog.event():
@@ -211,7 +211,7 @@ class Connection:
                 room = min(self.snd_wnd, self.cwnd * self.mss) - sent
                 size = max(min(self.mss, unsent, room), 0)
                 last = self._fin and size == unsent
-                little = size < self.mss and bool(sent) and not (self.nodelay and size == unsent)
+                little = size < self.mss and bool(sent) and not ((self.nodelay or probing) and size == unsent)
                 if not last and (not size or little):
                     # Nothing to send, no room, or too little while something is under way (Nagle; silly windows).
                     break
@@ -270,6 +270,12 @@ class Connection:
                 self.fail(errno.ETIMEDOUT)
                 return
             self._retries += 1
+            before = self.snd_nxt
+            if self._retries == 1:
+                # Something new tells as much as something old (`tcp_send_loss_probe`).
+                self.push(probing=True)
+            if self.snd_nxt != before:
+                return
             first = _RTO_LEAST
             doublings = self._retries
             if state in (BPF_TCP_SYN_SENT, BPF_TCP_NEW_SYN_RECV):

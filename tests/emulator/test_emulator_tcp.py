@@ -9,11 +9,13 @@ import threading
 from typing import Any
 
 import pytest
-from hosts import KEEP, Host, outcome, passes_if, returns, same_on_both
+from hosts import KEEP, LL, NET, Host, outcome, passes_if, returns, same_on_both
 
-from kbpf.isa import cbpf
+from kbpf.isa import cbpf, ebpf
+from kbpf.isa.ebpf import Instruction
+from kbpf.specs import MapSpec
 from kbpf.testing.network import NetworkNamespace
-from kbpf.uapi.constants import SO_LOCK_FILTER, SO_REUSEPORT
+from kbpf.uapi.constants import SO_LOCK_FILTER, SO_MARK, SO_REUSEPORT
 
 pytestmark = pytest.mark.requires("kernel", "netns")
 
@@ -397,6 +399,66 @@ def test_what_a_filter_passes_by_its_data(netns: NetworkNamespace) -> None:
         return [*found, outcome(accepted.recv, 10)]
 
     same_on_both(netns, scenario)
+
+
+def watching(fd: int, load: list[Instruction]) -> list[Instruction]:
+    """Put what `load` leaves in R7, and one, into the map's only value, and keep the segment."""
+    return [
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, 6, 1),
+        *load,
+        Instruction(ebpf.ALU64 | ebpf.ADD | ebpf.K, 7, 0, 0, 1),
+        Instruction(ebpf.LD_IMM64, 1, ebpf.PSEUDO_MAP_VALUE, 0, fd),
+        Instruction(0),
+        Instruction(ebpf.STX | ebpf.MEM | ebpf.DW, 1, 7),
+        Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.K, 0, 0, 0, -1),
+        Instruction(ebpf.JMP | ebpf.EXIT),
+    ]
+
+
+def field(offset: int) -> list[Instruction]:
+    return [Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, 7, 6, offset)]
+
+
+def byte(offset: int) -> list[Instruction]:
+    load = Instruction(ebpf.LD | ebpf.ABS | ebpf.B, 0, 0, 0, offset - (1 << 32) if offset >= 1 << 31 else offset)
+    return [load, Instruction(ebpf.ALU64 | ebpf.MOV | ebpf.X, 7, 0)]
+
+
+#: `__sk_buff` but for the hash, and bytes that Linux does not leave open.
+SEEN = {
+    **{f"field {offset}": field(offset) for offset in (*range(0, 44, 4), *range(48, 68, 4), 164, 176)},
+    **{f"byte {at}": byte(at) for at in (0, 1, 12, 13, 18, 19, 20, 21, 22, 23, 32, 39)},
+    **{f"network byte {at}": byte(NET + at) for at in (0, 6, 7, 8, 9, 12, 15, 19, 21)},
+    **{f"link byte {at}": byte(LL + at) for at in (0, 11, 12, 13)},
+}
+
+
+@pytest.mark.parametrize(("bound", "target"), ADDRESSES)
+@pytest.mark.parametrize("data", [b"", b"DATADATA"])
+def test_what_a_program_sees(netns: NetworkNamespace, bound: str, target: str, data: bytes) -> None:
+    """Of a segment with data, and of the acknowledgement of one."""
+
+    def scenario(host: Host) -> Any:
+        client, accepted, _ = connected(host, bound, target)
+        accepted.setsockopt(socket.SOL_SOCKET, SO_MARK, 0x1234)
+        fd = host.backend.map_create(MapSpec(type="array", key_size=4, value_size=8, max_entries=1))
+        seen = {}
+        for name, load in SEEN.items():
+            host.backend.map_update(fd, bytes(4), bytes(8))
+            host.backend.socket_attach_bpf(client, host.load(watching(fd, load)))
+            if data:
+                accepted.send(data)
+                client.recv(100)
+            else:
+                client.send(b"x")
+                accepted.recv(100)
+            seen[name] = int.from_bytes(host.backend.map_lookup(fd, bytes(4), 8), "little")
+            host.backend.socket_detach(client)
+        host.backend.close(fd)
+        return seen
+
+    found = same_on_both(netns, scenario)
+    assert found["field 8"] == 0x1235 and found["field 0"] == DATA + len(data) + 1
 
 
 @pytest.mark.parametrize("attached", ["before", "after"])
