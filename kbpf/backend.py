@@ -404,8 +404,9 @@ class Backend(Protocol):
         """BPF_PROG_DETACH; None for whatever program is there, where there is one at most. ENOENT for none."""
         ...
 
-    # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``, a control group's
-    # descriptor for ``cgroup_*``.
+    # Links. What `target` is, the attach type says: an interface's index for ``xdp`` and ``tcx_*``, a descriptor of a
+    # control group for ``cgroup_*``, of a socket map for ``sk_skb_*`` and ``sk_msg_verdict``, of a network namespace
+    # for ``flow_dissector`` and ``sk_lookup``.
 
     def link_create(
         self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
@@ -435,6 +436,10 @@ class Backend(Protocol):
 
     def cgroup_open(self, path: str) -> int:
         """A descriptor of a control group, by its directory; ENOENT, ENOTDIR."""
+        ...
+
+    def namespace_open(self, path: str) -> int:
+        """A descriptor of a network namespace, by its file such as /proc/self/ns/net; ENOENT."""
         ...
 
     def interface_index(self, name: str) -> int:

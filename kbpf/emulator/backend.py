@@ -488,6 +488,9 @@ class EmulatorBackend:
     def cgroup_open(self, path: str) -> int:
         return self._open(cgroups.find(path))
 
+    def namespace_open(self, path: str) -> int:
+        raise OSError(errno.EOPNOTSUPP, "the emulator attaches no programs to network namespaces yet")
+
     def _group(self, fd: int) -> cgroups.Group:
         """The control group behind a descriptor; EBADF."""
         found = self._handle(fd)

@@ -139,6 +139,9 @@ class LinkCommands:
     def cgroup_open(self, path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    def namespace_open(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     def interface_index(self, name: str) -> int:
         try:
             return socket.if_nametoindex(name)

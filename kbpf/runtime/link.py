@@ -228,7 +228,7 @@ class BpfLink(Resource, Link):
             before = self._backend.link_info(self.fileno())
             self._backend.link_detach(self.fileno())
         self.close()
-        return bool(before.ifindex or before.cgroup_id)
+        return any((before.ifindex, before.cgroup_id, *map(before.details.get, ("netns_ino", "map_id"))))
 
     def pin(self, path: str) -> None:
         """Pin on a BPF file system: the program stays attached when the link is closed, and the process ends."""

@@ -308,6 +308,9 @@ class Program(Resource):
     ) -> BpfLink: ...
 
     @overload
+    def attach(self, target: Map, attach_type: str | None = None) -> BpfLink: ...
+
+    @overload
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
 
     @overload
@@ -343,6 +346,11 @@ class Program(Resource):
         Raises `BpfError`: ENOENT for a directory that is not there, EBADF for one that is no group's, EINVAL for a hook
         that is none for the program, E2BIG for more than 64.
 
+        ``sk_skb`` and ``sk_msg``: to a `Map` of sockets, with a link (Linux 6.10); `attach_type` is the place, such as
+        ``"sk_skb_stream_verdict"``, by default what the program was loaded for. ``flow_dissector`` (5.7) and
+        ``sk_lookup`` (5.9): to a network namespace by its file, such as ``"/proc/self/ns/net"``. Both give a `BpfLink`,
+        and are the kernel's alone.
+
         Tracing types: to an event, one of `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the
         program gets from bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
 
@@ -357,11 +365,16 @@ class Program(Resource):
         from kbpf.runtime.attach import attach
         from kbpf.runtime.cgroup import TYPES, attach_to_cgroup
         from kbpf.runtime.event_link import attach_event, is_source
+        from kbpf.runtime.places import TO_MAPS, TO_NAMESPACES, attach_to_map, attach_to_namespace
 
         if self.type in TYPES:
             if drain is not None or mode is not None:
                 raise TypeError("a control group has no queue to drain, and one mode")
             return attach_to_cgroup(self, target, attach_type, before=before, after=after)
+        if self.type in TO_MAPS and isinstance(target, Map):
+            return attach_to_map(self, target, attach_type)
+        if self.type in TO_NAMESPACES:
+            return attach_to_namespace(self, target)
         if (attach_type, mode, before, after) != (None, None, None, None):
             raise TypeError("attach_type, mode, before and after are of interfaces and control groups")
         if is_source(target):
