@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kbpf.runtime.backends import use_backend
     from kbpf.runtime.captures import run_capture
     from kbpf.runtime.collection import Collection, load
+    from kbpf.runtime.event_writer import EventWriter
+    from kbpf.runtime.events import Events
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.interface import attached_programs, interface_index
     from kbpf.runtime.inventory import links, maps, programs, statistics
@@ -51,6 +53,8 @@ _HOMES = {
     "CgroupLink": "runtime.link",
     "Collection": "runtime.collection",
     "CollectionSpec": "specs",
+    "EventWriter": "runtime.event_writer",
+    "Events": "runtime.events",
     "Filter": "runtime.filter",
     "FilterSpec": "specs",
     "InterfaceLink": "runtime.link",
@@ -98,6 +102,8 @@ __all__ = [
     "CollectionSpec",
     "EmulationFault",
     "EmulationWarning",
+    "EventWriter",
+    "Events",
     "Filter",
     "FilterError",
     "FilterSpec",

@@ -76,6 +76,7 @@ PROBES: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "distributed": ("Dask (pip install distributed)", lambda: importlib.util.find_spec("distributed") is not None),
     "llvmlite": ("llvmlite (pip install 'kbpf[jit]')", lambda: importlib.util.find_spec("llvmlite") is not None),
+    "numpy": ("numpy (pip install numpy)", lambda: importlib.util.find_spec("numpy") is not None),
     "bpftool": ("bpftool (Debian: bpftool)", lambda: _succeeds("bpftool", "version")),
 }
 

@@ -26,7 +26,7 @@ def test_the_snippets_of_a_page_run(page: Path) -> None:
             need(*block[1].split())
         # Line numbers of errors are the page's.
         code = "\n" * text.count("\n", 0, block.start(2)) + block[2]
-        exec(compile(code, str(page), "exec"), namespace)
+        exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

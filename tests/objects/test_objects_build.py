@@ -29,6 +29,7 @@ def test_every_source_has_its_object():
 
 
 PROGRAMS = {
+    "events.bpf.o": [("watch", "socket_filter")],
     "gate.bpf.o": [("gate", "xdp"), ("forward", "sched_cls")],
     "sockex1.bpf.o": [("count", "socket_filter")],
     "sockex2.bpf.o": [("count", "socket_filter")],

@@ -120,7 +120,7 @@ def ring(size: int) -> kbpf.MapSpec:
     return kbpf.MapSpec(type="ringbuf", max_entries=size, name="events")
 
 
-def program_of(backend: str, code: Code, maps: Sequence[kbpf.Map]) -> kbpf.Program:
+def program_of(backend: str, code: Code, maps: Sequence[kbpf.Map], **spec: bytes) -> kbpf.Program:
     specs = tuple(
         kbpf.MapSpec(
             type=map.type,
@@ -130,4 +130,5 @@ def program_of(backend: str, code: Code, maps: Sequence[kbpf.Map]) -> kbpf.Progr
         )
         for map in maps
     )
-    return kbpf.load_program(kbpf.ProgramSpec(instructions=tuple(code), maps=specs), list(maps), backend=backend)
+    made = kbpf.ProgramSpec(instructions=tuple(code), maps=specs, **spec)
+    return kbpf.load_program(made, list(maps), backend=backend)

@@ -412,9 +412,11 @@ def test_a_perf_array_is_free_for_the_next_reader(backend):
             assert it.send(number) == 2**32 - errno.ENOENT
 
 
+@pytest.mark.requires("numpy")
 @KINDS
 def test_arrays_of_numpy(backend, code):
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     with sender(backend, code) as it:
         for type, field in ((Event, "number"), (CEvent, "number"), (BTF, "number"), ("=II8s", "f0"), ("Q", "f0")):
             with it.map.events(type) as events:
