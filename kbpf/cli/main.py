@@ -14,7 +14,7 @@ import click
 from kbpf.errors import FilterError, FilterSyntaxError, KbpfError
 from kbpf.runtime.backends import chosen
 
-_COMMANDS = ("compile", "count", "doctor", "explain", "link", "load", "map", "prog", "run")
+_COMMANDS = ("compile", "count", "doctor", "events", "explain", "link", "load", "map", "prog", "run")
 
 
 class _Lazy(click.Group):

@@ -56,12 +56,12 @@ class RingBuffer:
     """A map of type ringbuf. `fd` becomes its own."""
 
     def __init__(self, backend: Backend, fd: int, size: int, spec: Any, waiter: EventWaiter) -> None:
-        self.spec, self.decode = spec, decoder(spec)
         self.busy = False
         self.lost = 0
         self._backend, self._fd = backend, fd
         self._views: list[memoryview] = []
         try:
+            self.spec, self.decode = spec, decoder(spec)
             self._barrier = backend.memory_barrier() or no_barrier
             consumer = self._map(PAGESIZE, 0, True)
             rest = map_data(backend, fd, size, False)

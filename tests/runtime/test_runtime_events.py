@@ -403,6 +403,19 @@ def test_only_maps_of_events_are_read(backend):
             map.writer()
 
 
+@KINDS
+def test_a_type_that_is_none_is_refused_and_nothing_stays_open(backend, code):
+    with sender(backend, code) as it:
+        for wrong in (int, "y", object()):
+            with pytest.raises((TypeError, ValueError)):
+                it.map.events(wrong)
+        with it.map.events("Q") as events:
+            with pytest.raises(ValueError, match="no format of struct"):
+                events.add(it.map, "y")
+            it.send(3)
+            assert events.read() == 3
+
+
 def test_a_perf_array_is_free_for_the_next_reader(backend):
     with sender(backend, TO_PERF) as it:
         for number in range(3):
