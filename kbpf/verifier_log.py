@@ -61,8 +61,8 @@ _NOISE = re.compile(
     r"|from \d+ to \d+: safe|\d+: safe|caller:|callee:|returning from callee:|to caller at \d+:|last_idx |parent |regs="
     r"|max_states_per_insn | +\d+: [0-9.]{10} \("
 )
-# These are found when all paths have been followed, and are of no one instruction.
-_OF_THE_WHOLE = ("combined stack size", "the call stack of ", "tail_call_reachable", "caller passes invalid args")
+# These are found when all paths have been followed, and are of no one instruction unless that is a call.
+_OF_THE_WHOLE = ("combined stack size", "the call stack of ")
 # The report's headings, at the start of a line.
 _HEADING = re.compile(r"(Reason|At|Causal path|Suggestion):(.*)")
 _REPORTED = re.compile(r"^Verification failed: *(.*)", re.MULTILINE)
@@ -119,7 +119,7 @@ def _read_steps(log: str, ended: bool) -> LogReport:
     place = _PLACE.search(reason)
     if place and (instruction is None or instruction.pc != int(place[1])):
         instruction, source = LogInstruction(int(place[1])), last_source if instruction is None else None
-    elif reason.startswith(_OF_THE_WHOLE) or (not reason and ended):
+    elif (reason.startswith(_OF_THE_WHOLE) and not calling) or (not reason and ended):
         instruction, source, registers = None, None, {}
     return LogReport(reason, "", instruction, source, registers, cut)
 
