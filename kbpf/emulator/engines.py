@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 WORTH, _USUAL = 200_000, 200
 
 _COMMAND = "pip install 'kbpf[jit]'"
-_lock = threading.Lock()
+# A signal handler may come to this while the program that it interrupts is being compiled.
+_lock = threading.RLock()
 
 
 def execute(

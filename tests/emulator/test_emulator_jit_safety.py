@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import resource
 import signal
 import struct
 import sys
 import weakref
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +246,23 @@ def test_maps_go_with_their_program_after_a_fault_in_a_callback(jit: EmulatorBac
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_programs_that_are_gone_take_no_memory(jit: EmulatorBackend) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            fd = jit.program_load(ProgramSpec(instructions=(I(LOAD | ebpf.W, 0, 1), EXIT)), [])
+            jit.program_run(fd, FRAME, bytes(192))
+            jit.close(fd)
+        gc.collect()
+
+    run(40)
+    before = resident()
+    run(100)
+    assert resident() - before < 2 << 20
 
 
 # Exceptions.

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kbpf.emulator import semantics
+from kbpf.emulator.jit import arithmetic
 from kbpf.isa import ebpf
 from kbpf.testing import fuzz
 from kbpf.testing.fuzz import Report
@@ -34,6 +35,14 @@ def test_programs_agree() -> None:
     report = fuzz.run_cases("ebpf", "test", range(1500))
     assert report.differences == []
     assert report.share > 0.99
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(not FULL, reason="the full run: make fuzz")
+@pytest.mark.requires("llvmlite")
+def test_a_hundred_thousand_programs_agree_in_native_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        assert fuzz.main(["all", "--count", "100000", "--engine", "jit"]) == 0
 
 
 @pytest.mark.fuzz
@@ -74,6 +83,18 @@ def test_a_wrong_instruction_is_found_and_made_small(
     report = fuzz.run_cases("ebpf", "wrong", range(600), enough=1)
     assert len(report.differences) == 1
     # A test that can be kept.
+    compile(report.differences[0], "difference", "exec")
+
+
+@pytest.mark.requires("llvmlite")
+@pytest.mark.parametrize("kind", ["cbpf", "ebpf", "direct"])
+def test_native_code_agrees_and_a_wrong_instruction_in_it_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fuzz.run_cases(kind, "native", range(200), jit=True)
+    assert report.differences == []
+    assert report.accepted > 150
+    monkeypatch.setitem(arithmetic._PLAIN, ebpf.ADD, "or")
+    report = fuzz.run_cases(kind, "native", range(200), enough=1, jit=True)
+    assert report.differences[0].startswith("# native code")
     compile(report.differences[0], "difference", "exec")
 
 

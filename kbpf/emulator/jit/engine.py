@@ -19,7 +19,8 @@ LEVEL = 2
 #: Functions with more text than this, which is of some thousand instructions, are compiled at 0: LLVM's time grows with
 #: the square.
 _LARGE = 1 << 20
-_lock = threading.Lock()
+# A signal handler may come to this while the program that it interrupts is being compiled.
+_lock = threading.RLock()
 
 
 @cache
@@ -50,7 +51,11 @@ class Compiled:
             options = llvm.create_pipeline_tuning_options(speed_level=level)
             options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
             builder = llvm.create_pass_builder(machine, options)
-            builder.getModulePassManager().run(module, builder)
+            passes = builder.getModulePassManager()
+            passes.run(module, builder)
+            # Its own disposal is hidden behind that of its other base class, which does nothing: 60 KB a program.
+            llvm.newpassmanagers.NewPassManager._dispose(passes)
+            passes.detach()
             self._engine = llvm.create_mcjit_compiler(module, machine)
             self._engine.finalize_object()
 
