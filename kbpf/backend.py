@@ -56,6 +56,8 @@ def refused_by_object(operation: str, errno: int) -> tuple[str, ...]:
         return ("the map is frozen already, or read-only for user space (BPF_F_RDONLY)",)
     if operation == "SO_GET_FILTER":
         return ("an eBPF program is in the socket's slot, and which one cannot be read back",)
+    if operation == "mmap":
+        return ("the map is frozen, or opened read-only or write-only: positions could not be written, or not read",)
     if operation == "event_attach":
         return (
             "the program reads more than the event's record has, or perf_event_open(2) is not allowed: it wants "

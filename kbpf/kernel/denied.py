@@ -19,6 +19,7 @@ from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
 
 _LET_THROUGH = "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator"
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _CGROUP_PROGRAMS = frozenset(
     [
         "cgroup_skb",
@@ -70,6 +71,10 @@ def explain_denied(
         return _socket_option(operation, errno, socket)
     if operation == "event_attach":
         return refused_by_object(operation, errno)
+    if operation == "perf_event_open":
+        return _perf_event()
+    if operation == "mmap":
+        return refused_by_object(operation, errno)
     if operation not in COMMANDS:
         return ()
     blocked = probes.bpf_answers()
@@ -80,10 +85,20 @@ def explain_denied(
     return refused_by_object(operation, errno) or _capabilities(operation, program_type, map_type)
 
 
+def _perf_event() -> tuple[str, ...]:
+    """What an event of a processor takes (kernel/events/core.c, perf_allow_cpu)."""
+    first, *others = _capabilities("perf_event_open", "", "")
+    if probes.privileges().lacks(("CAP_PERFMON",)):
+        first += f", and kernel.perf_event_paranoid is {_PARANOID.read_text().strip()}, more than 0"
+    return first, *others
+
+
 def _needed(operation: str, program_type: str, map_type: str) -> tuple[str, ...]:
     """The capabilities that a command takes (kernel/bpf/syscall.c)."""
     if operation in _ADMIN_COMMANDS:
         return ("CAP_SYS_ADMIN",)
+    if operation == "perf_event_open":
+        return ("CAP_PERFMON",)
     if operation == "prog_query":
         return ("CAP_NET_ADMIN",)
     if operation in _ATTACHING:

@@ -1,7 +1,7 @@
 """What ring buffers and perf buffers need beside their maps: events for output, waiting, and the order of memory.
 
 Ring buffers since Linux 5.8, those of user space 6.1, perf buffers 4.4. A perf buffer needs CAP_PERFMON, or
-kernel.perf_event_paranoid at -1.
+kernel.perf_event_paranoid of 0 at most.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class EventWriter(Waiting):
         self._views: list[memoryview] = []
         self._fd: int | None = None
         try:
-            with doing(self._backend, f"write to {map.label}", operation="events"):
+            with doing(self._backend, f"write to {map.label}", operation="mmap"):
                 self._barrier = self._backend.memory_barrier() or no_barrier
                 self._fd = self._backend.duplicate(map.fileno())
                 consumer = self._backend.map_memory(self._fd, PAGESIZE)

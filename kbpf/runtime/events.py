@@ -79,7 +79,8 @@ class Events(Waiting):
         if map.type not in ("ringbuf", "perf_event_array"):
             raise TypeError(f"{map.label} is of type {map.type}: events come from ringbuf and perf_event_array")
         spec = map.value_type if type is None else type
-        with self._using(), doing(self._backend, f"read the events of {map.label}", operation="events"):
+        operation = "mmap" if map.type == "ringbuf" else "perf_event_open"
+        with self._using(), doing(self._backend, f"read the events of {map.label}", operation=operation):
             fd = self._backend.duplicate(map.fileno())
             if map.type == "ringbuf":
                 ring = RingBuffer(self._backend, fd, map.shape.max_entries, spec, self._waiter)

@@ -139,6 +139,24 @@ def test_the_forecast_is_what_the_kernel_then_does(nobody: Runner, granted: str,
     assert said == expected * 2
 
 
+@pytest.mark.requires("unprivileged", "kernel")
+def test_buffers_for_perf_events_take_a_capability(nobody: Runner) -> None:
+    script = PRELUDE + (
+        "import kbpf\n"
+        "spec = MapSpec(type='perf_event_array', key_size=4, value_size=4, max_entries=1)\n"
+        "with kbpf.Map.create(spec, backend='kernel') as map:\n"
+        "    try:\n"
+        "        map.events().close()\n"
+        "        print('ok')\n"
+        "    except kbpf.PermissionDeniedError as error: print(error)\n"
+    )
+    if int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) > 0:
+        refused = nobody(script, capabilities="+bpf").stdout
+        assert "EACCES" in refused
+        assert "the process lacks CAP_PERFMON, and kernel.perf_event_paranoid is" in refused
+    assert nobody(script, capabilities="+bpf,+perfmon").stdout == "ok\n"
+
+
 @pytest.mark.requires("kernel")
 def test_a_seccomp_filter_is_named(readable_kbpf: Path) -> None:
     script = (

@@ -416,6 +416,40 @@ def test_a_type_that_is_none_is_refused_and_nothing_stays_open(backend, code):
             assert events.read() == 3
 
 
+def test_the_next_reader_of_a_ring_goes_on_where_the_last_one_stopped(backend):
+    with sender(backend, TO_RING, 4096) as it:
+        for number in range(100):
+            assert it.send(number, 200) == 0
+            with it.map.events("Q") as events:
+                assert events.read_all() == [number]
+
+
+@pytest.mark.requires("kernel")
+def test_a_reader_that_is_killed_leaves_what_it_has_not_read():
+    with sender("kernel", TO_RING, 1 << 20) as it:
+        for number in range(5000):
+            assert it.send(number) == 0
+        child = os.fork()
+        if not child:
+            for number, event in enumerate(it.map.events("Q")):
+                if event != number:
+                    os._exit(1)
+                if number == 4000:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert it.send(5000) == 0
+        with it.map.events("Q") as events:
+            left = events.read_all()
+            assert left == list(range(left[0], 5001))
+
+
+def test_a_frozen_ring_cannot_be_read(backend):
+    with kbpf.Map.create(ring(4096), backend=backend) as map:
+        map.freeze()
+        with pytest.raises(kbpf.PermissionDeniedError, match="the map is frozen"):
+            map.events()
+
+
 def test_a_perf_array_is_free_for_the_next_reader(backend):
     with sender(backend, TO_PERF) as it:
         for number in range(3):
@@ -450,6 +484,31 @@ def test_arrays_of_numpy(backend, code):
             with pytest.raises(TypeError):
                 events.read_array()
             assert events.read_array(dtype=numpy.dtype("<u8")).tolist() == [3]
+
+
+@KINDS
+def test_no_wakeup_is_lost_where_each_event_waits_for_the_one_before(backend, code):
+    """The reader falls asleep just when the program writes: an event without a wakeup would end the game."""
+    rounds = 3000
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    turn = threading.Semaphore(0)
+    with sender(backend, code) as it, it.map.events("Q") as events:
+
+        def send():
+            os.sched_setaffinity(0, {0})
+            for number in range(rounds):
+                it.send(number)
+                turn.acquire()
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            for number in range(rounds):
+                assert events.read(20.0) == number
+                turn.release()
+        finally:
+            turn.release(rounds)
+            thread.join()
 
 
 def test_threads_share_the_events_and_each_comes_once(backend):
