@@ -63,8 +63,9 @@ class Region:
         return self.number << 32
 
 
-# Native code finds regions by the low byte of their number, of which the first few are the runs' own.
-_numbers = (number for number in itertools.count(FIRST_SHARED) if number & 0xFF >= FIRST_FREE)
+# Native code finds regions by the low byte of their number, of which the first few are the runs' own. No generator:
+# threads may be at it together.
+_numbers = filter(lambda number: number & 0xFF >= FIRST_FREE, itertools.count(FIRST_SHARED))
 REGIONS: WeakValueDictionary[int, Region] = WeakValueDictionary()
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import struct
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -571,6 +572,16 @@ def test_a_million_events_of_two_processors_come_without_loss_and_in_order():
         assert events.read_all() == []
 
 
+@pytest.fixture
+def restless():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
 def test_emulated_programs_of_two_threads_send_at_the_same_time():
     each = 2000
     with sender("emulator", TO_RING, 4096) as it, it.map.events("=II8x") as events:
