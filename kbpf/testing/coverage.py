@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kbpf.emulator import helpers, maps
+from kbpf.emulator import maps
 from kbpf.emulator.classic import ClassicProgram
+from kbpf.emulator.helpers.allowed import allowed
 from kbpf.emulator.interpreter import SWITCHED, TAIL_CALL_HELPER
 from kbpf.emulator.memory import CONTEXT, FLOW_KEYS, PACKET, STACK
 from kbpf.emulator.packet import Packet
@@ -165,7 +166,10 @@ def required_wild() -> set[str]:
     need = {f"opcode {code:#04x}" for code in (*generate_wild.OPCODES, ebpf.JMP | ebpf.CALL, ebpf.JMP | ebpf.EXIT)}
     need |= {f"opcode {ebpf.STX | ebpf.ATOMIC | size:#04x}" for size in _SIZES}
     need |= {f"ended in {way}" for way in ("value", "fault", "errno")}
-    return need | {f"{type} call {name}" for type in helpers.ALLOWED for name in generate_direct.reachable(type)}
+    for type, attach_types in generate_wild.ATTACH_TYPES_OF.items():
+        ids = frozenset[int]().union(*(allowed(type, attach_type) for attach_type in attach_types))
+        need |= {f"{type} call {name}" for name in generate_direct.reachable(type) if HELPERS[name] in ids}
+    return need
 
 
 def _ebpf_names(spec: ProgramSpec, pc: int, next: int) -> Iterator[str]:

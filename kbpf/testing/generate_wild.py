@@ -53,7 +53,7 @@ class Wild(NamedTuple):
 def generate(rng: Random, maps: Sequence[int]) -> Wild:
     """A program of any type. `maps` are descriptors."""
     type = rng.choice(_TYPES)
-    attach_type = rng.choice(_ATTACH_TYPES[type])
+    attach_type = rng.choice(ATTACH_TYPES_OF[type])
     names: tuple[str, ...] = ()
     extra = {}
     dice = rng.random()
@@ -85,7 +85,7 @@ def generate(rng: Random, maps: Sequence[int]) -> Wild:
 #: All that something runs.
 _TYPES = tuple(type for type in helpers.ALLOWED if type in test_runs.RUNNERS or type in events.TYPES)
 #: Where programs may expect to be attached; of types that may say anything, nothing or what bears their name.
-_ATTACH_TYPES = {
+ATTACH_TYPES_OF = {
     type: sorted(EXPECTED.get(type) or {0, *(n for name, n in ATTACH_TYPES.items() if name.endswith(type))})
     for type in _TYPES
 }
