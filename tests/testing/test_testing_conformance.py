@@ -186,6 +186,17 @@ def test_the_protocol(options: list[str]) -> None:
         assert done.stdout == "80000000000000ff\n"
 
 
+@pytest.mark.parametrize("arguments", [[], [""], ["", ""], ["", "--jit"]])
+def test_there_may_be_no_memory_and_no_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("b7 00 00 00  2a 00 00 00  95 00 00 00 00 00 00 00 \n"))
+    if "--jit" in arguments:
+        pytest.importorskip("llvmlite")
+    assert conformance.main(arguments) == 0
+    assert capsys.readouterr().out == "2a\n"
+
+
 def test_errors_are_a_line_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("95 00"))
     assert conformance.main([]) == 1
