@@ -146,11 +146,11 @@ class Filter:
             runs = zip(packets, lengths, strict=False)
             return bytes(self.run(packet, length, engine="interpreter") > 0 for packet, length in runs)
         if isinstance(packets, Packets):
-            return bytes(native.over_spans(packets.buffer, packets.offsets, packets.sizes, wirelens))
+            return native.over_spans(packets.buffer, packets.offsets, packets.sizes, wirelens)
         try:
-            return bytes(native.over_list(packets, wirelens))
+            return native.over_list(packets, wirelens)
         except TypeError:
-            return bytes(native.over_list([bytes(packet) for packet in packets], wirelens))
+            return native.over_list([bytes(packet) for packet in packets], wirelens)
 
     def select(
         self,

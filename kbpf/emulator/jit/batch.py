@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 from kbpf.emulator.interpreter import Code, Subject
 from kbpf.emulator.jit import emit
-from kbpf.emulator.jit.buffers import read_address
+from kbpf.emulator.jit.blocks import over_blocks
+from kbpf.emulator.jit.buffers import read_address, unwritten
 from kbpf.emulator.jit.callbacks import CALLBACKS
-from kbpf.emulator.jit.engine import Compiled
+from kbpf.emulator.jit.engine import Compiled, gathers
 from kbpf.emulator.jit.layout import WORD, WORDS
 from kbpf.emulator.jit.program import NativeProgram, source_of
 from kbpf.emulator.jit.session import Session
@@ -28,6 +30,8 @@ Start = Literal["packet", "transport"]
 
 #: How many packets ahead memory is asked for.
 _AHEAD = 8
+#: Packets in spans that are worth compiling their loop a second time, in vectors: what that saves takes as long.
+_MANY = 2_000_000
 _PREFETCH = "call void @llvm.prefetch.p0(ptr %{}, i32 0, i32 3, i32 1)"
 
 #: Where offset 0 is in a packet that begins with its IP header, of either version; all of it where it is cut off.
@@ -164,6 +168,11 @@ stop:
 """
 
 
+def _internal(text: str) -> str:
+    """Nothing else calls the functions: LLVM need not keep them apart from the loop."""
+    return text.replace("define i64", "define internal i64")
+
+
 def _api(name: str) -> str:
     """The host address of a function of CPython's C API, for a call."""
     address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
@@ -214,6 +223,9 @@ _SPANS_FETCH = f"""
 """
 
 
+#: For what is in order all the same, and where it is not.
+_CHECKED = _internal(_loop("checked", _SPANS_PARAMETERS, _SPANS_FETCH, "matches", asks=False))
+
 _EACH_TYPE = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64)
 _COMMON = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)
 _OVER_LIST_TYPE = ctypes.PYFUNCTYPE(*_COMMON, ctypes.py_object, ctypes.c_void_p)
@@ -223,14 +235,17 @@ _OVER_SPANS_TYPE = ctypes.CFUNCTYPE(*_COMMON, ctypes.c_void_p, ctypes.c_uint64, 
 class Loops:
     """Loops around ``@each`` of some text, over the packets of a session; each is compiled when it is first asked for.
 
-    `asks` says that something may come up for Python in a run.
+    `asks` says that something may come up for Python in a run. `wide` gives the text with `wide` loads, where nothing
+    may come up.
     """
 
-    def __init__(self, text: str, results: Results, asks: bool) -> None:
-        # Nothing else calls the functions: LLVM need not keep them apart from the loop.
-        self._text = text.replace("define i64", "define internal i64")
+    def __init__(self, text: str, results: Results, asks: bool, wide: Callable[[], str] | None = None) -> None:
+        self._text = _internal(text)
         self._results: Results = results
         self._asks = asks
+        self._wide = wide
+        #: How many spans it has gone over.
+        self._spanned = 0
 
     @cached_property
     def _list(self) -> tuple[Any, Compiled]:
@@ -239,8 +254,19 @@ class Loops:
 
     @cached_property
     def _spans(self) -> tuple[Any, Compiled]:
-        loop = _loop("over_spans", _SPANS_PARAMETERS, _SPANS_FETCH, self._results, self._asks)
-        compiled = Compiled(_DECLARATIONS + self._text + loop)
+        if self._asks:
+            loop = _loop("over_spans", _SPANS_PARAMETERS, _SPANS_FETCH, self._results, True)
+            compiled = Compiled(_DECLARATIONS + self._text + loop)
+        else:
+            compiled = Compiled(_DECLARATIONS + self._text + _CHECKED + over_blocks("each", False), vectors=True)
+        return _OVER_SPANS_TYPE(compiled.address("over_spans")), compiled
+
+    @cached_property
+    def _gathered_spans(self) -> tuple[Any, Compiled]:
+        assert self._wide is not None
+        wide = _internal(self._wide()).replace("@f0(", "@wide_f0(").replace("@each(", "@wide_each(")
+        text = self._text + _CHECKED + wide + over_blocks("wide_each", True)
+        compiled = Compiled(_DECLARATIONS + text, vectors=True)
         return _OVER_SPANS_TYPE(compiled.address("over_spans")), compiled
 
     def over_list(self, session: Session, packets: list[bytes], wirelens: array[int], out: Any) -> int:
@@ -262,7 +288,10 @@ class Loops:
             read_address(buffer) as base, _fixed(offsets) as starts, _fixed(sizes) as ends,
             _fixed(wirelens) as lengths, _fixed(out) as results,
         ):  # fmt: skip
-            done: int = self._spans[0](session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
+            self._spanned += len(offsets)
+            many = self._wide is not None and self._spanned > _MANY and gathers()
+            function = self._gathered_spans[0] if many else self._spans[0]
+            done: int = function(session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
         session.finish(0)
         return done
 
@@ -285,20 +314,22 @@ class NativeBatch:
         self._asks = source.asks
         #: Sessions for single packets.
         self._ready: list[Session] = []
-        self._loops = Loops(text, "matches", source.asks)
 
-    def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytearray:
+        def wide() -> str:
+            return emit.program(replace(source, wide=True), CALLBACKS) + each(start, subject.budget, asks=False)
+
+        self._loops = Loops(text, "matches", source.asks, None if source.asks else wide)
+
+    def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytes:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""
-        out = bytearray(len(packets))
+        out = unwritten(len(packets))
         with self.session() as session:
             self._loops.over_list(session, packets, numbers(wirelens, len(packets)), out)
         return out
 
-    def over_spans(
-        self, buffer: Any, offsets: array[int], sizes: array[int], wirelens: Sequence[int] | None
-    ) -> bytearray:
+    def over_spans(self, buffer: Any, offsets: array[int], sizes: array[int], wirelens: Sequence[int] | None) -> bytes:
         """A 0 or 1 for each span. Raises `IndexError` for one that is not inside the buffer, `EmulationFault`."""
-        out = bytearray(len(offsets))
+        out = unwritten(len(offsets))
         with self.session() as session:
             lengths = numbers(wirelens, len(offsets))
             done = self._loops.over_spans(session, buffer, offsets, sizes, lengths, out)

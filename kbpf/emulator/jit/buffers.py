@@ -21,6 +21,11 @@ def host_address(buffer: Buffer) -> tuple[int, object]:
     return ctypes.addressof(held), held
 
 
+_NEW = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+
+
 class _PyBuffer(ctypes.Structure):
     """``Py_buffer`` of CPython's C API, which is documented."""
 
@@ -48,3 +53,9 @@ def read_address(buffer: Any) -> Iterator[int]:
         yield view.buf or 0
     finally:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
+
+
+def unwritten(size: int) -> bytes:
+    """A bytes object for native code to write into, at `read_address`, before anything else sees it."""
+    made: bytes = _NEW(None, size)
+    return made

@@ -46,9 +46,9 @@ class Source:
     `constants` are what 64-bit immediate loads of references give, by index, and `handles` the maps behind those that
     are handles, by address; `lasting` are regions whose bytes stay in their place, by number. `classic` is a classic
     filter's translation, whose absolute loads reach ancillary words, and whose context is asked for the packet's length
-    only. What is said in `slots`, `escapes` and `asks` is found while emitting: the context's fields that are read at
-    known places, whether Python or computed addresses reach the stack, and whether native code may ask Python for
-    anything at all.
+    only. `wide` loads of packets may read seven bytes behind them. What is said in `slots`, `escapes` and `asks` is
+    found while emitting: the context's fields that are read at known places, whether Python or computed addresses
+    reach the stack, and whether native code may ask Python for anything at all.
     """
 
     instructions: Sequence[Instruction]
@@ -56,6 +56,7 @@ class Source:
     handles: Mapping[int, object] = field(default_factory=dict)
     lasting: Mapping[int, Lasting] = field(default_factory=dict)
     classic: bool = False
+    wide: bool = False
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     escapes: bool = False
     asks: bool = False
@@ -201,7 +202,7 @@ class _Function:
             if self.source.classic and opcode & 0xE0 == ebpf.ABS and imm & M32 >= cbpf.AD_OFF:
                 ancillary(body, pc, instruction, self.callbacks.ancillary, "ended")
             else:
-                packet_load(body, instruction, "missing")
+                packet_load(body, instruction, "missing", self.source.wide)
         elif kind == ebpf.LDX:
             if self.source.classic and (held := registers[src]) is not None and held.kind == CONTEXT:
                 body.set(dst, body.value(f"and i64 {body.load_field('length')}, {M32}"))

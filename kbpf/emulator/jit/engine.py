@@ -38,10 +38,15 @@ def _host() -> tuple[Any, str, str]:
     return llvm.Target.from_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-class Compiled:
-    """Code in memory, for as long as this is held."""
+def gathers() -> bool:
+    """Whether this processor loads from eight addresses at once, for those of them that a mask says."""
+    return "+avx512f" in _host()[2].split(",")
 
-    def __init__(self, text: str) -> None:
+
+class Compiled:
+    """Code in memory, for as long as this is held. `vectors` lets loops take several rounds at once."""
+
+    def __init__(self, text: str, vectors: bool = False) -> None:
         llvm, level = _llvm(), LEVEL if len(text) < _LARGE else 0
         # LLVM's context and its passes are not for several threads at once.
         with _lock:
@@ -49,7 +54,8 @@ class Compiled:
             target, cpu, features = _host()
             machine = target.create_target_machine(cpu=cpu, features=features, opt=level, jit=True)
             options = llvm.create_pipeline_tuning_options(speed_level=level)
-            options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+            options.loop_vectorization = vectors
+            options.slp_vectorization = options.loop_unrolling = False
             builder = llvm.create_pass_builder(machine, options)
             passes = builder.getModulePassManager()
             passes.run(module, builder)
