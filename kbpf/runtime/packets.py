@@ -75,6 +75,7 @@ def listed_packets(
 
 def _numbers(values: Sequence[int]) -> array[int]:
     try:
-        return values if isinstance(values, array) and values.typecode == "Q" else array("Q", values)
+        # A copy: what was found to be inside the buffer stays so, whatever becomes of the caller's.
+        return array("Q", values)
     except (OverflowError, TypeError):
         raise ValueError("offsets and lengths are whole numbers from 0 on") from None

@@ -139,3 +139,13 @@ def test_threads_share_a_filter(engine: Engine) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_numbers_are_copied(engine: Engine) -> None:
+    """A caller may fill its own again, for the next packets."""
+    offsets, sizes, wirelens = (array("Q", numbers) for numbers in ([0, 5], [5, 5], [5, 5]))
+    packets = kbpf.Packets(b"0123456789", offsets, sizes, wirelens)
+    for numbers in (offsets, sizes, wirelens):
+        numbers[1] = 1 << 40
+    assert list(packets) == [b"01234", b"56789"]
+    assert kbpf.Filter([(6, 0, 0, 5)]).match_all(packets, engine=engine) == b"\1\1"
