@@ -13,6 +13,7 @@ forges an address of the stack does not find it. Such a run is compared again wi
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import os
 import pickle
@@ -129,10 +130,15 @@ class Engines:
                     stack.enter_context(context)
                 return self._run(fd, wild)
 
-        found = in_copy(native)
-        code.engine = "interpreter"
-        before()
-        return found, self._run(fd, wild)
+        # What earlier programs have left for the garbage collector is not to go in one of them only.
+        gc.disable()
+        try:
+            found = in_copy(native)
+            code.engine = "interpreter"
+            before()
+            return found, self._run(fd, wild)
+        finally:
+            gc.enable()
 
     def _run(self, fd: int, wild: Wild) -> tuple[Any, ...]:
         return self.runner.run(fd, wild), memory()
