@@ -8,7 +8,7 @@ there is left to Python, which does the access or raises the fault (`kbpf.emulat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kbpf.emulator.jit.code import Body
@@ -39,19 +39,36 @@ class Lasting(NamedTuple):
     held: object
 
 
+class _Inside(NamedTuple):
+    """Whether memory between two offsets from a value is inside a region, and where address 0 of that would be."""
+
+    low: int
+    high: int
+    inside: str
+    zero: str
+
+
 @dataclass
 class Memory:
     """What memory accesses of one function need to know.
 
-    `callback` is the host address of the function for accesses, `slots` the numbers of the context's fields that are
-    read at known places, by (offset, size), `lasting` are regions by number, and the stack has `stack_size` bytes.
+    `callback` is the host address of the function for accesses. `extents` says, of an instruction and a register, from
+    where to where, counted from the register, it goes to memory, and those behind it do until something changes the
+    register, or may change where the packet is. `slots` are the numbers of the context's fields that are read at known
+    places, by (offset, size), `lasting` are regions by number, and the stack has `stack_size` bytes.
     """
 
     body: Body
     callback: int
+    extents: Callable[[int, int], list[tuple[int, int]]]
     slots: dict[tuple[int, int], int]
     lasting: Mapping[int, Lasting]
     stack_size: int
+    _in_packet: dict[tuple[str, str], _Inside] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """What was found is not known any longer: another block begins, or packets may be elsewhere."""
+        self._in_packet.clear()
 
     def load(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """LDX, and the atomic load-acquire."""
@@ -74,8 +91,7 @@ class Memory:
         at = at_frame(held, off, size)
         if at is not None:
             return self._plain_load(self._in_frame(at), size)
-        address = self._address(base, off)
-        return self._reach(pc, held, address, size, ("readable",), lambda found: self._plain_load(found, size), kind)
+        return self._reach(pc, held, base, off, size, ("readable",), lambda found: self._plain_load(found, size), kind)
 
     def store(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """ST and STX, and the atomic store-release."""
@@ -92,7 +108,7 @@ class Memory:
         if at is not None:
             put(self._in_frame(at))
         else:
-            self._reach(pc, registers[dst], self._address(dst, off), size, ("writable",), put, STORE, value)
+            self._reach(pc, registers[dst], dst, off, size, ("writable",), put, STORE, value)
 
     def atomic(self, pc: int, instruction: Instruction, registers: Registers) -> None:
         """Read-modify-write; one that is not aligned is not atomic, and Linux does not let it pass."""
@@ -103,9 +119,9 @@ class Memory:
         if at is not None:
             pointer = self._in_frame(at)
         else:
-            address, rights = self._address(dst, off), ("writable", "readable")
+            rights = ("writable", "readable")
             host = self._reach(
-                pc, registers[dst], address, size, rights, lambda p: body.value(f"ptrtoint ptr {p} to i64"), RESOLVE
+                pc, registers[dst], dst, off, size, rights, lambda p: body.value(f"ptrtoint ptr {p} to i64"), RESOLVE
             )
             pointer = body.value(f"inttoptr i64 {host} to ptr")
         operand = body.get(src) if size == 8 else body.get32(src)
@@ -166,7 +182,8 @@ class Memory:
         self,
         pc: int,
         held: Pointer | None,
-        address: str,
+        base: int,
+        off: int,
         size: int,
         rights: tuple[str, ...],
         use: Callable[[str], str],
@@ -175,6 +192,7 @@ class Memory:
     ) -> str:
         """Go to memory: `use` takes the host's pointer and gives a number, where Python is not asked for it instead."""
         body = self.body
+        address = self._address(base, off)
         joined = body.label()
         ways: list[str] = []
 
@@ -188,46 +206,61 @@ class Memory:
             with body.aside(missed):
                 arrive(*self._ask(pc, kind, address, size, value))
 
-        guessed = self._guess(held, size, rights)
+        guessed = self._guess(pc, held, base, off, size, rights)
         if guessed is None:
             look_up()
         else:
-            region, base, limit = guessed
-            offset = body.value(f"sub i64 {address}, {region << 32}")
-            inside = body.value(f"icmp ult i64 {offset}, {limit}")
-            if not limit.isdecimal():
-                last = body.value(f"add i64 {offset}, {size - 1}")
-                inside = body.value(f"and i1 {inside}, {body.value(f'icmp ult i64 {last}, {limit}')}")
-            bad, good = body.unlikely(inside)
+            bad, good = body.unlikely(guessed.inside)
             body.place(good)
-            # From where the region's address 0 would be, so that nothing but the address is waited for.
-            zero = body.value(f"getelementptr i8, ptr {base}, i64 {-(region << 32)}")
-            arrive(use(body.value(f"getelementptr i8, ptr {zero}, i64 {address}")), good)
+            arrive(use(body.value(f"getelementptr i8, ptr {guessed.zero}, i64 {address}")), good)
             with body.aside(bad):
                 look_up()
         body.place(joined)
         return body.value(f"phi i64 {', '.join(ways)}")
 
-    def _guess(self, held: Pointer | None, size: int, rights: tuple[str, ...]) -> tuple[int, str, str] | None:
-        """A region to try first: its number, where its bytes are, and how far in an access of this size may begin.
-
-        Where that is not known when this is compiled, it is how many bytes the region has.
-        """
-        body = self.body
+    def _guess(
+        self, pc: int, held: Pointer | None, base: int, off: int, size: int, rights: tuple[str, ...]
+    ) -> _Inside | None:
+        """Whether an access is in the region that is likely, and where it is then; None if none is."""
         if held is None or held.kind not in (STACK, GUESS):
             return None
         number = STACK_REGION if held.kind == STACK else held.offset or 0
-        if number == STACK_REGION:
-            return number, "%stack", str(self.stack_size - size + 1)
         if number == PACKET_REGION:
+            return self._packet(pc, base, off, size, rights[0])
+        if number == STACK_REGION:
+            start, limit = "%stack", self.stack_size - size + 1
+        else:
+            lasting = self.lasting.get(number)
+            if lasting is None or lasting.size < size or not all(getattr(lasting, right) for right in rights):
+                return None
+            start, limit = f"inttoptr (i64 {lasting.address} to ptr)", lasting.size - size + 1
+        offset = self.body.value(f"sub i64 {self._address(base, off)}, {number << 32}")
+        inside = self.body.value(f"icmp ult i64 {offset}, {limit}")
+        return _Inside(off, off + size, inside, self._zero(number, start))
+
+    def _packet(self, pc: int, base: int, off: int, size: int, right: str) -> _Inside:
+        """As `_guess`: one look for all that the block does in the packet from the same value on."""
+        body = self.body
+        key = body.get(base), right
+        found = self._in_packet.get(key)
+        if found is None or off < found.low or off + size > found.high:
+            lows, highs = zip((off, off + size), *self.extents(pc, base), strict=True)
+            low, high = min(lows), max(highs)
             entry = body.value(f"getelementptr [4 x i64], ptr %table, i64 {PACKET_REGION}")
             where = body.value(f"getelementptr i64, ptr {entry}, i64 1")
-            limit = body.value(f"getelementptr i64, ptr {where}, i64 {RIGHTS[rights[0]]}")
-            return number, body.value(f"load ptr, ptr {where}"), body.value(f"load i64, ptr {limit}")
-        lasting = self.lasting.get(number)
-        if lasting is None or lasting.size < size or not all(getattr(lasting, right) for right in rights):
-            return None
-        return number, f"inttoptr (i64 {lasting.address} to ptr)", str(lasting.size - size + 1)
+            word = body.value(f"getelementptr i64, ptr {where}, i64 {RIGHTS[right]}")
+            limit = body.value(f"load i64, ptr {word}")
+            first = body.value(f"add i64 {key[0]}, {low - (PACKET_REGION << 32)}")
+            last = body.value(f"add i64 {first}, {high - low - 1}")
+            starts, ends = (body.value(f"icmp ult i64 {each}, {limit}") for each in (first, last))
+            inside = body.value(f"and i1 {starts}, {ends}")
+            zero = self._zero(PACKET_REGION, body.value(f"load ptr, ptr {where}"))
+            found = self._in_packet[key] = _Inside(low, high, inside, zero)
+        return found
+
+    def _zero(self, number: int, start: str) -> str:
+        """Where a region's address 0 would be: from there on nothing but an address is waited for."""
+        return self.body.value(f"getelementptr i8, ptr {start}, i64 {-(number << 32)}")
 
     def _find(self, address: str, size: int, *rights: str) -> tuple[str, str, str]:
         """Look an address up and go on where it was found; returns the host pointer, and both blocks' labels."""

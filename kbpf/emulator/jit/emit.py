@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kbpf.emulator.checks import jump_target
 from kbpf.emulator.interpreter import CONTEXT_ADDRESS, TAIL_CALL_HELPER
@@ -12,7 +13,7 @@ from kbpf.emulator.jit.arithmetic import arithmetic, condition
 from kbpf.emulator.jit.code import Body, variables
 from kbpf.emulator.jit.layout import ASKED
 from kbpf.emulator.jit.packets import ancillary, packet_load
-from kbpf.emulator.jit.pointers import CONTEXT, GUESS, HANDLE, Pointer, Registers, follow, stack_escapes
+from kbpf.emulator.jit.pointers import CONTEXT, GUESS, HANDLE, Pointer, Registers, follow, reached, stack_escapes
 from kbpf.emulator.maps.array import Array, PerCpuArray
 from kbpf.emulator.memory import M32, STACK
 from kbpf.isa import cbpf, ebpf
@@ -96,7 +97,6 @@ class _Function:
         self.instructions = source.instructions
         self.body = Body()
         frames = ebpf.MAX_CALL_FRAMES if len(source.starts()) > 1 else 1
-        self.memory = Memory(self.body, callbacks.access, source.slots, source.lasting, ebpf.STACK_SIZE * frames)
         constants = {
             pc: Pointer(HANDLE, address) if address in source.handles else Pointer(GUESS, address >> 32)
             for pc, address in source.constants.items()
@@ -107,6 +107,10 @@ class _Function:
             for pc, registers in self.known.items()
             if (found := self._lookup(self.instructions[pc], registers)) is not None
         }
+        self.leaders = self._leaders()
+        extents = partial(reached, self.instructions, self.known, self.leaders)
+        stack_size = ebpf.STACK_SIZE * frames
+        self.memory = Memory(self.body, callbacks.access, extents, source.slots, source.lasting, stack_size)
         self.escapes = stack_escapes(self.instructions, self.known, set(self.lookups))
         source.escapes |= self.escapes
         #: Whether helpers are called, by whatever function.
@@ -133,7 +137,6 @@ class _Function:
 
     def text(self) -> str:
         body = self.body
-        leaders = self._leaders()
         body.emit("entry:")
         body.lines += variables()
         body.emit("%result = alloca i64")
@@ -155,11 +158,12 @@ class _Function:
         for pc in range(self.start, self.end):
             if pc not in self.known:
                 continue
-            if pc in leaders or not falls:
+            if pc in self.leaders or not falls:
                 if falls:
                     body.spill()
                     body.emit(f"br label %pc{pc}")
                 body.begin(f"pc{pc}")
+                self.memory.forget()
             falls = self._instruction(pc)
         body.lines += body.cold
         body.emit("missing:")
@@ -218,6 +222,7 @@ class _Function:
             return False
         elif opcode == _CALL:
             self._call(pc, instruction)
+            self.memory.forget()
         else:
             self._jump(pc, instruction)
             return False

@@ -173,6 +173,28 @@ def stack_escapes(instructions: Sequence[Instruction], known: Mapping[int, Regis
     return False
 
 
+def reached(
+    instructions: Sequence[Instruction], known: Mapping[int, Registers], leaders: set[int], pc: int, register: int
+) -> list[tuple[int, int]]:
+    """From where to where, counted from a register, memory is gone to: by an instruction, and by those behind it to
+    where the block ends (`leaders` begin others), the register changes, or something is called.
+    """
+    found: list[tuple[int, int]] = []
+    while True:
+        opcode, dst, src, off, _ = instructions[pc]
+        kind = opcode & 7
+        plain = kind in (ebpf.LDX, ebpf.ST) or (kind == ebpf.STX and opcode & 0xE0 != ebpf.ATOMIC)
+        if not plain and kind not in (ebpf.ALU, ebpf.ALU64) and opcode != ebpf.LD_IMM64:
+            return found
+        if plain and register == (src if kind == ebpf.LDX else dst):
+            found.append((off, off + size_of(opcode)))
+        if dst == register and kind not in (ebpf.ST, ebpf.STX):
+            return found
+        pc += 2 if opcode == ebpf.LD_IMM64 else 1
+        if pc in leaders or pc not in known:
+            return found
+
+
 def size_of(opcode: int) -> int:
     """Bytes that a load or store moves."""
     return {ebpf.B: 1, ebpf.H: 2, ebpf.W: 4, ebpf.DW: 8}[opcode & 0x18]
