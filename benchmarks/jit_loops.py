@@ -115,16 +115,16 @@ LOOPS = {
         ],
         [
             x(ebpf.MOV, 3, 1), k(ebpf.AND, 3, 31), x(ebpf.MOV, 4, 7), x(ebpf.ADD, 4, 3), x(ebpf.MOV, 5, 4),
-            k(ebpf.ADD, 5, 8), I(ebpf.JMP | ebpf.JGT | ebpf.X, 5, 8, 4 * 8 + 2),
+            k(ebpf.ADD, 5, 16), I(ebpf.JMP | ebpf.JGT | ebpf.X, 5, 8, 4 * 16 + 2),
             *[
                 step
-                for n in range(8)
+                for n in range(16)
                 for step in (
                     I(ebpf.LDX | ebpf.MEM | ebpf.B, 5, 4, n), x(ebpf.ADD, 0, 5), k(ebpf.LSH, 5, n), x(ebpf.XOR, 0, 5),
                 )
             ],
         ],
-        7_000,
+        8_000,
     ),
 }  # fmt: skip
 ARRAY = MapSpec(type="array", key_size=4, value_size=8192, max_entries=1)
