@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from errno import EPERM
+from struct import Struct
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
@@ -234,8 +235,19 @@ class Backend(Protocol):
 
     def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes: ...
 
-    def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
-        """A bound lookup for one map, as fast as the backend can; None for a missing key. Not after close()."""
+    def map_reader(
+        self,
+        fd: int,
+        key_size: int,
+        value_size: int,
+        key_packer: Struct | None = None,
+        value_packer: Struct | None = None,
+    ) -> Callable[[Any], Any]:
+        """A bound lookup for one map, as fast as the backend can; None for a missing key. Not after close().
+
+        It takes the key's bytes, or with `key_packer` the one value that it packs, where `struct.error` comes out; and
+        gives the value's bytes, or with `value_packer` the tuple that it unpacks.
+        """
         ...
 
     def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None: ...

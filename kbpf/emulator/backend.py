@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
-import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from struct import Struct
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -193,21 +193,25 @@ class EmulatorBackend:
         network.settle()
         return self.map_file(fd).lookup(key, flags)
 
-    def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
-        # Whoever keeps the function does not keep the map.
-        file = weakref.ref(self.map_file(fd))
+    def map_reader(
+        self,
+        fd: int,
+        key_size: int,
+        value_size: int,
+        key_packer: Struct | None = None,
+        value_packer: Struct | None = None,
+    ) -> Callable[[Any], Any]:
+        read = self.map_file(fd).lookup
 
-        def reader(key: bytes) -> bytes | None:
+        def reader(key: Any) -> Any:
             network.settle()
-            opened = file()
-            if opened is None:
-                raise refused(errno.EBADF)
             try:
-                return opened.lookup(key)
+                found = read(key if key_packer is None else key_packer.pack(key))
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return None
                 raise
+            return found if value_packer is None else value_packer.unpack(found)
 
         return reader
 

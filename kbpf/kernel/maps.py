@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import mmap
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kbpf.backend import Batch, object_name
 from kbpf.info import MapInfo
@@ -99,8 +101,15 @@ class MapCommands:
     def map_lookup(self, fd: int, key: bytes | None, value_size: int, flags: int = 0) -> bytes:
         return syscall.element(COMMANDS["map_lookup_elem"], fd, key, value_size, flags)
 
-    def map_reader(self, fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
-        return syscall.element_reader(fd, key_size, value_size)
+    def map_reader(
+        self,
+        fd: int,
+        key_size: int,
+        value_size: int,
+        key_packer: struct.Struct | None = None,
+        value_packer: struct.Struct | None = None,
+    ) -> Callable[[Any], Any]:
+        return syscall.element_reader(fd, key_size, value_size, key_packer, value_packer)
 
     def map_update(self, fd: int, key: bytes | None, value: bytes, flags: int = 0) -> None:
         syscall.element(COMMANDS["map_update_elem"], fd, key, value, flags)

@@ -101,6 +101,7 @@ def bpf(command: int, attr: bytearray) -> int:
     # The kernel may write to fields behind the size it was told: the memory is always whole.
     memory = (ctypes.c_char * len(attr)).from_buffer(attr)
     size = min(-(-len(attr.rstrip(b"\0")) // 8) * 8, len(attr))
+    given = bytes(attr)
     tries = 0
     while True:
         result = int(_syscall(_SYS_BPF, command, ctypes.addressof(memory), size))
@@ -111,6 +112,8 @@ def bpf(command: int, attr: bytearray) -> int:
             tries += 1
         if number not in (errno.EINTR, errno.EAGAIN) or tries == _AGAIN_TRIES:
             raise failure(number)
+        # A batch that was interrupted says how far it came, where the next try reads how far to go.
+        attr[:] = given
 
 
 def perf_event_open(attr: bytes, cpu: int, process: int = -1) -> int:
@@ -183,13 +186,28 @@ def element(command: int, fd: int, key: bytes | None, value: bytes | int | None 
     return b""
 
 
-def element_reader(fd: int, key_size: int, value_size: int) -> Callable[[bytes], bytes | None]:
+def element_reader(
+    fd: int,
+    key_size: int,
+    value_size: int,
+    key_packer: struct.Struct | None = None,
+    value_packer: struct.Struct | None = None,
+) -> Callable[[Any], Any]:
     """BPF_MAP_LOOKUP_ELEM on one map, bound: one Python frame over the system call.
 
-    None for ENOENT, other errnos raise; a key of another length than `key_size` is a `ValueError`. Any number of
-    threads may call it, and signal handlers too: each call takes its buffers off a list, or makes new ones.
+    Takes the key's bytes, or with `key_packer` the one value that it packs (`struct.error` where it does not), and
+    gives the value's, or with `value_packer` the tuple that it unpacks. None for ENOENT, other errnos raise; a key of
+    another length than `key_size` is a `ValueError`. Any number of threads may call it, and signal handlers too: each
+    call takes its buffers off a list, or makes new ones.
     """
     key_array, value_array, attr_array = (ctypes.c_char * size for size in (key_size, value_size, _ELEMENT.size))
+    if (key_packer and key_packer.size != key_size) or (value_packer and value_packer.size != value_size):
+        raise ValueError("a packer of another size than the map has")
+
+    whole = value_packer is None
+    # Packing bytes as one field is as fast as any other way to copy them.
+    pack_into = (key_packer or struct.Struct(f"{key_size}s")).pack_into
+    unpack_from = (value_packer or struct.Struct(f"{value_size}s")).unpack_from
 
     def slot() -> tuple[Any, Any, Any, Any]:
         key, value = key_array(), value_array()
@@ -204,21 +222,26 @@ def element_reader(fd: int, key_size: int, value_size: int) -> Callable[[bytes],
     call = _libc["syscall"]
     call.restype = ctypes.c_long
     number, command, size = ctypes.c_long(_SYS_BPF), ctypes.c_long(_LOOKUP_ELEM), ctypes.c_ulong(_ELEMENT.size)
+    checked = key_packer is None
 
-    def read(wanted: bytes) -> bytes | None:
-        if len(wanted) != key_size:
+    def read(wanted: Any) -> Any:
+        if checked and len(wanted) != key_size:
             raise ValueError(f"a key of {len(wanted)} bytes where the map has {key_size}")
         try:
             buffers = take()
         except IndexError:
             buffers = slot()
         key, value, attr, _ = buffers
-        key.raw = wanted
-        found: bytes | None = None
-        if call(number, command, attr, size) == 0:
-            found = value.raw
-        elif get_errno() != missing:
-            raise _last_failure()
+        pack_into(key, 0, wanted)
+        found = None
+        while call(number, command, attr, size):
+            failed = get_errno()
+            if failed == missing:
+                break
+            if failed != errno.EINTR:
+                raise failure(failed)
+        else:
+            found = unpack_from(value)[0] if whole else unpack_from(value)
         give(buffers)
         return found
 

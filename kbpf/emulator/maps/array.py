@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import sys
 import weakref
 from mmap import PAGESIZE
+from typing import Any
 
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.base import Map, refused, round8
@@ -39,7 +41,7 @@ class Array(Map):
             size += -size % PAGESIZE
         self.values = self.region(size)
         #: What user space has mapped for writing.
-        self._mapped: list[weakref.ref[memoryview]] = []
+        self._mapped: list[weakref.ref[Any]] = []
 
     def find(self, key: bytes) -> int:
         index = int.from_bytes(key, sys.byteorder)
@@ -88,14 +90,15 @@ class Array(Map):
             raise refused(errno.EINVAL)
         if offset + size > len(self.values.buffer):
             raise refused(errno.EINVAL)
-        view = memoryview(self.values.buffer)[offset : offset + size]
         if not writable:
-            return view.toreadonly()
-        self._mapped.append(weakref.ref(view))
-        return view
+            return memoryview(self.values.buffer)[offset : offset + size].toreadonly()
+        # What every view of the mapping keeps, also one that is cut or cast from another.
+        mapping = (ctypes.c_ubyte * size).from_buffer(self.values.buffer, offset)
+        self._mapped = [*(mapped for mapped in self._mapped if mapped() is not None), weakref.ref(mapping)]
+        return memoryview(mapping).cast("B")
 
     def is_mapped(self) -> bool:
-        return any(_is_open(mapped()) for mapped in self._mapped)
+        return any(mapped() is not None for mapped in self._mapped)
 
     def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
         start = 0 if token is None else (int.from_bytes(token, sys.byteorder) + 1) & 0xFFFFFFFF
@@ -119,14 +122,6 @@ class Array(Map):
         if flags & uapi.BPF_F_LOCK and not self.has_lock:
             raise refused(errno.EINVAL)
         return index * self._stride
-
-
-def _is_open(view: memoryview | None) -> bool:
-    try:
-        return view is not None and view.nbytes > 0
-    except ValueError:
-        # Released.
-        return False
 
 
 class PerCpuArray(Array):
