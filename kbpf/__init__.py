@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from kbpf.runtime.inventory import links, maps, programs, statistics
     from kbpf.runtime.link import BpfLink, CgroupLink, InterfaceLink, IteratorLink, Link, SocketLink
     from kbpf.runtime.map import Map
+    from kbpf.runtime.maps.arrays import ArrayMap
+    from kbpf.runtime.maps.base import BpfMap
+    from kbpf.runtime.maps.keyless import BloomFilter, Queue, Stack
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
     from kbpf.specs import (
@@ -51,6 +54,9 @@ _HOMES = {
     "BpfLink": "runtime.link",
     "BtfInfo": "info",
     "CgroupLink": "runtime.link",
+    "ArrayMap": "runtime.maps.arrays",
+    "BloomFilter": "runtime.maps.keyless",
+    "BpfMap": "runtime.maps.base",
     "Collection": "runtime.collection",
     "CollectionSpec": "specs",
     "EventWriter": "runtime.event_writer",
@@ -69,9 +75,11 @@ _HOMES = {
     "Program": "runtime.program",
     "ProgramInfo": "info",
     "ProgramSpec": "specs",
+    "Queue": "runtime.maps.keyless",
     "RawTracepoint": "specs",
     "RunResult": "runtime.program",
     "SocketLink": "runtime.link",
+    "Stack": "runtime.maps.keyless",
     "Tracepoint": "specs",
     "Uprobe": "specs",
     "attach": "runtime.attach",
@@ -94,8 +102,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "ArrayMap",
+    "BloomFilter",
     "BpfError",
     "BpfLink",
+    "BpfMap",
     "BtfInfo",
     "CgroupLink",
     "Collection",
@@ -126,9 +137,11 @@ __all__ = [
     "Program",
     "ProgramInfo",
     "ProgramSpec",
+    "Queue",
     "RawTracepoint",
     "RunResult",
     "SocketLink",
+    "Stack",
     "Tracepoint",
     "Uprobe",
     "VerifierError",

@@ -13,7 +13,7 @@ from kbpf.errors import NotSupportedError, PermissionDeniedError
 from kbpf.runtime.backends import chosen, get_backend
 from kbpf.runtime.collection import Collection
 from kbpf.runtime.failures import doing
-from kbpf.runtime.map import Map
+from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.program import Program
 
 _DOING = "load a program in bcc's dialect"
@@ -42,13 +42,13 @@ def load(text: str, *, program_types: Mapping[str, str] | None = None, cflags: S
     types = sorted({"socket_filter", *(program_types or {}).values()} - {"socket_filter"})
     with doing(backend, _DOING, operation="prog_load", program_type=types[0] if types else "socket_filter"):
         compiled = compile_bcc(text, program_types or {}, cflags)
-    maps: dict[str, Map] = {}
+    maps: dict[str, BpfMap] = {}
     programs: dict[str, Program] = {}
     open_fds = {*compiled.programs.values(), *(map.fd for map in compiled.maps.values())}
     try:
         for name, map in compiled.maps.items():
             open_fds.discard(map.fd)  # From here on it is the Map's, or closed by its failure.
-            maps[name] = Map.from_fd(backend, map.fd, map.key_type, map.value_type, name)
+            maps[name] = BpfMap.from_fd(backend, map.fd, map.key_type, map.value_type, name)
         by_id = {map.id: map for map in maps.values()}
         for name, fd in compiled.programs.items():
             used = [by_id[id] for id in backend.program_info(fd).map_ids if id in by_id]

@@ -6,12 +6,13 @@ import errno
 import os
 from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 from kbpf.backend import Backend, Engine
 from kbpf.errors import BpfError
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
-from kbpf.runtime.map import Map, Shape, as_created
+from kbpf.runtime.maps.base import BpfMap, Shape, as_created
 from kbpf.runtime.program import Program, load_program
 from kbpf.specs import CollectionSpec, MapSpec
 from kbpf.uapi.constants import BPF_F_NUMA_NODE, BPF_F_RDONLY_PROG
@@ -21,11 +22,14 @@ PIN_FOLDER = "/sys/fs/bpf"
 
 
 class Collection:
-    """Programs and maps by name; a context manager that closes them all."""
+    """Programs and maps by name; a context manager that closes them all.
 
-    def __init__(self, programs: Mapping[str, Program], maps: Mapping[str, Map], backend: str) -> None:
+    Each map has the class of its type: see `kbpf.runtime.maps`.
+    """
+
+    def __init__(self, programs: Mapping[str, Program], maps: Mapping[str, BpfMap], backend: str) -> None:
         self.programs: Mapping[str, Program] = MappingProxyType(dict(programs))
-        self.maps: Mapping[str, Map] = MappingProxyType(dict(maps))
+        self.maps: Mapping[str, Any] = MappingProxyType(dict(maps))
         #: ``"kernel"`` or ``"emulator"``.
         self.backend = backend
 
@@ -37,7 +41,7 @@ class Collection:
         """
         types = {program.type for program in spec.programs.values()}
         chosen = _select(backend, types)
-        maps: dict[str, Map] = {}
+        maps: dict[str, BpfMap] = {}
         programs: dict[str, Program] = {}
         pinned: list[str] = []
         try:
@@ -97,9 +101,9 @@ def _select(backend: str | None, types: set[str]) -> Backend:
     return select(backend)
 
 
-def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
+def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> BpfMap:
     if spec.pinning == "none":
-        return Map._create(spec, chosen)
+        return BpfMap._create(spec, chosen)
     path = f"{PIN_FOLDER}/{spec.name}"
     try:
         pinned_before = chosen.open_pinned(path)
@@ -109,7 +113,7 @@ def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
                 raise
     else:
         return _reuse(chosen, spec, path, pinned_before)
-    made = Map._create(spec, chosen)
+    made = BpfMap._create(spec, chosen)
     try:
         made.pin(path)
     except BaseException:
@@ -119,9 +123,9 @@ def _make_map(chosen: Backend, spec: MapSpec, pinned: list[str]) -> Map:
     return made
 
 
-def _reuse(chosen: Backend, spec: MapSpec, path: str, fd: int) -> Map:
+def _reuse(chosen: Backend, spec: MapSpec, path: str, fd: int) -> BpfMap:
     """The map that is pinned there, if it is the one that the object declares: programs count on its sizes."""
-    found = Map.from_fd(chosen, fd, spec.key_type, spec.value_type)
+    found = BpfMap.from_fd(chosen, fd, spec.key_type, spec.value_type)
     there, wanted = _described(found.shape), _described(as_created(spec, chosen))
     if there == wanted:
         return found

@@ -19,7 +19,7 @@ from kbpf.runtime.records import HEADER
 from kbpf.runtime.waiting import Waiting, deadline_of
 
 if TYPE_CHECKING:
-    from kbpf.runtime.map import Map
+    from kbpf.runtime.maps.base import BpfMap
 
 #: Length and flags, and a word that is the kernel's in other ring buffers.
 _HEADER = struct.Struct("=II")
@@ -31,7 +31,7 @@ class EventWriter(Waiting):
     A record is there for programs as soon as it is written, and stays until one has drained it.
     """
 
-    def __init__(self, map: Map, type: Any = None) -> None:
+    def __init__(self, map: BpfMap, type: Any = None) -> None:
         """Use `Map.writer`."""
         if map.type != "user_ringbuf":
             raise TypeError(f"{map.label} is of type {map.type}: user space writes to user_ringbuf")

@@ -32,7 +32,7 @@ from kbpf.runtime.waiting import Waiting, deadline_of
 if TYPE_CHECKING:
     import numpy
 
-    from kbpf.runtime.map import Map
+    from kbpf.runtime.maps.base import BpfMap
 
 #: Bytes that are taken from a buffer at a time.
 _SOME = 1 << 18
@@ -63,7 +63,7 @@ class Events(Waiting):
 
     def add(
         self,
-        map: Map,
+        map: BpfMap,
         type: Any = None,
         *,
         size: int = _PERF_SIZE,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -94,7 +95,7 @@ def _of_format(spec: str | struct.Struct, size: int | None) -> Codec:
     except struct.error as error:
         raise ValueError(f"{text!r} is no format of struct: {error}") from None
     # As in C, a format with native alignment may end in bytes that align the next element.
-    if size is not None and 0 < size - packer.size < 8 and text[:1] not in ("=", "<", ">", "!"):
+    if size == _whole(text) and size > packer.size:
         packer = struct.Struct(f"{text}{size - packer.size}x")
     pack, unpack, iterate = packer.pack, packer.unpack, packer.iter_unpack
     single = len(unpack(bytes(packer.size))) == 1
@@ -108,15 +109,32 @@ def _of_format(spec: str | struct.Struct, size: int | None) -> Codec:
             raise ValueError(f"{value!r} does not fit {text!r}: {error}") from None
 
     if single:
-        return Codec(
-            packer.size,
-            encode,
-            lambda data: unpack(data)[0],
-            lambda data: [value for (value,) in iterate(data)],
-            packer,
-            itemgetter(0),
-        )
+        letter = number_letter(packer)
+        form: Any = letter
+
+        def decode_many(data: bytes) -> list[Any]:
+            if letter is None:
+                return [value for (value,) in iterate(data)]
+            values: list[Any] = memoryview(data).cast(form).tolist()
+            return values
+
+        return Codec(packer.size, encode, lambda data: unpack(data)[0], decode_many, packer, itemgetter(0))
     return Codec(packer.size, encode, unpack, lambda data: list(iterate(data)), packer, None)
+
+
+def _whole(text: str) -> int:
+    """The size of a struct of C with a format's fields: where the alignment is native, a multiple of the widest."""
+    if text[:1] in ("=", "<", ">", "!"):
+        return struct.calcsize(text)
+    return max((struct.calcsize(f"{text}0{letter}") for letter in text if letter.isalpha()), default=0)
+
+
+def number_letter(packer: struct.Struct) -> str | None:
+    """The letter under which a memoryview has the same numbers as a format of `struct`; None where there is none."""
+    order, letter = packer.format[:-1], packer.format[-1:]
+    native = {"": True, "@": True, "=": True, "<": sys.byteorder == "little", ">": sys.byteorder == "big"}
+    same = letter in "bBhHiIlLqQfd?" and native.get(order, False) and struct.calcsize(letter) == packer.size
+    return letter if same else None
 
 
 # ctypes.

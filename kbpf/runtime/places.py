@@ -9,7 +9,7 @@ import os
 
 from kbpf.runtime.failures import doing
 from kbpf.runtime.link import BpfLink
-from kbpf.runtime.map import Map
+from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.program import Program
 
 #: The types that are attached to socket maps: their programs run on what arrives at the sockets in it, or is sent.
@@ -18,7 +18,7 @@ TO_MAPS = ("sk_skb", "sk_msg")
 TO_NAMESPACES = ("flow_dissector", "sk_lookup")
 
 
-def attach_to_map(program: Program, map: Map, attach_type: str | None = None) -> BpfLink:
+def attach_to_map(program: Program, map: BpfMap, attach_type: str | None = None) -> BpfLink:
     """What `Program.attach` does for a socket map."""
     place = attach_type or program.attach_type or ("sk_msg_verdict" if program.type == "sk_msg" else None)
     if place is None:

@@ -16,7 +16,7 @@ from kbpf.info import ProgramInfo
 from kbpf.isa.ebpf import Instruction, decode
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
-from kbpf.runtime.map import Map
+from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.packets import Packets, listed_packets
 from kbpf.runtime.resource import Resource
 from kbpf.specs import ProgramSpec
@@ -66,8 +66,8 @@ class Program(Resource):
         *,
         type: str,
         name: str = "",
-        maps: Sequence[Map] = (),
-        owned: Sequence[Map] = (),
+        maps: Sequence[BpfMap] = (),
+        owned: Sequence[BpfMap] = (),
         attach_type: str | None = None,
     ) -> None:
         super().__init__(backend, fd, f'program "{name}" ({type})' if name else f"program ({type})")
@@ -76,7 +76,7 @@ class Program(Resource):
         self.type = type
         #: Where it was loaded to be attached, as far as that is known.
         self.attach_type = attach_type
-        self.maps: tuple[Map, ...] = tuple(maps)
+        self.maps: tuple[Any, ...] = tuple(maps)
         self._owned = tuple(owned)
 
     @classmethod
@@ -104,7 +104,7 @@ class Program(Resource):
         return cls.from_fd(chosen, opened)
 
     @classmethod
-    def from_fd(cls, backend: Backend, fd: int, *, maps: Sequence[Map] = ()) -> Program:
+    def from_fd(cls, backend: Backend, fd: int, *, maps: Sequence[BpfMap] = ()) -> Program:
         """Take over a descriptor, asking the backend what program it is."""
         try:
             with doing(backend, "read a program's info", operation="obj_get_info_by_fd"):
@@ -162,7 +162,7 @@ class Program(Resource):
 
         return lines(self.xlated(), self._backend.call_name)
 
-    def bind_map(self, map: Map) -> None:
+    def bind_map(self, map: BpfMap) -> None:
         """BPF_PROG_BIND_MAP (Linux 5.10): keep a map that its instructions do not name, as long as the program lives.
 
         Such a map is a place for data about the program; see ``info.map_ids``.
@@ -182,7 +182,7 @@ class Program(Resource):
             return b"".join(parts).decode(errors="replace")
 
     def iterator(
-        self, *, map: Map | None = None, cgroup: str | os.PathLike[str] | None = None, pid: int = 0, tid: int = 0
+        self, *, map: BpfMap | None = None, cgroup: str | os.PathLike[str] | None = None, pid: int = 0, tid: int = 0
     ) -> IteratorLink:
         """Make an iterator of a program of type ``tracing`` for ``trace_iter`` (Linux 5.8), such as SEC("iter/task").
 
@@ -308,7 +308,7 @@ class Program(Resource):
     ) -> BpfLink: ...
 
     @overload
-    def attach(self, target: Map, attach_type: str | None = None) -> BpfLink: ...
+    def attach(self, target: BpfMap, attach_type: str | None = None) -> BpfLink: ...
 
     @overload
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
@@ -371,7 +371,7 @@ class Program(Resource):
             if drain is not None or mode is not None:
                 raise TypeError("a control group has no queue to drain, and one mode")
             return attach_to_cgroup(self, target, attach_type, before=before, after=after)
-        if self.type in TO_MAPS and isinstance(target, Map):
+        if self.type in TO_MAPS and isinstance(target, BpfMap):
             return attach_to_map(self, target, attach_type)
         if self.type in TO_NAMESPACES:
             return attach_to_namespace(self, target)
@@ -397,7 +397,7 @@ class Program(Resource):
 
 def load_program(
     spec: ProgramSpec,
-    maps: Sequence[Map] | Mapping[str, Map] | None = None,
+    maps: Sequence[BpfMap] | Mapping[str, BpfMap] | None = None,
     backend: str | None = None,
     engine: Engine = "auto",
 ) -> Program:
@@ -412,7 +412,7 @@ def load_program(
     if engine not in ("auto", "interpreter", "jit"):
         raise ValueError(f"engine: {engine!r} is none of auto, interpreter, jit")
     chosen = select(backend, program_type=spec.type)
-    made: list[Map] = []
+    made: list[BpfMap] = []
     try:
         used = _maps_for(spec, maps, chosen, made)
         for map in used:
@@ -434,8 +434,8 @@ def load_program(
 
 
 def _maps_for(
-    spec: ProgramSpec, given: Sequence[Map] | Mapping[str, Map] | None, chosen: Backend, made: list[Map]
-) -> list[Map]:
+    spec: ProgramSpec, given: Sequence[BpfMap] | Mapping[str, BpfMap] | None, chosen: Backend, made: list[BpfMap]
+) -> list[BpfMap]:
     """The map for each of ``spec.maps``; those made here are also put into `made`."""
     if isinstance(given, Mapping):
         unknown = set(given) - {map.name for map in spec.maps}
@@ -447,7 +447,7 @@ def _maps_for(
     for index, wanted in enumerate(spec.maps):
         existing = given.get(wanted.name) if isinstance(given, Mapping) else given[index] if given is not None else None
         if existing is None:
-            existing = Map._create(wanted, chosen)
+            existing = BpfMap._create(wanted, chosen)
             made.append(existing)
         used.append(existing)
     return used

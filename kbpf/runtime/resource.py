@@ -47,10 +47,15 @@ class Resource:
         return self._fd
 
     def close(self) -> None:
-        """Give the descriptor back. Closing twice is fine."""
+        """Give the descriptor back. Closing twice is fine; `BpfError` (EBADF) where something else has closed it."""
         fd, self._fd = self._fd, None
-        if fd is not None:
+        if fd is None:
+            return
+        try:
             self._backend.close(fd)
+        except OSError as error:
+            hint = f"descriptor {fd} was closed by something else"
+            raise BpfError(error.errno or 0, f"close {self.label}", (hint,)) from None
 
     def __reduce__(self) -> str:
         # Two owners would both close it, the second one whatever has the number by then.

@@ -131,7 +131,7 @@ class Machine:
 
     def begin(self) -> None:
         self.stack.close()
-        self.log, self.hops = (self.stack.enter_context(kbpf.Map.create(s, self.backend)) for s in (LOG, HOPS))
+        self.log, self.hops = (self.stack.enter_context(kbpf.BpfMap.create(s, self.backend)) for s in (LOG, HOPS))
         self.sockets: dict[str, Any] = {}
         #: errnos of frames that could not be sent.
         self.refused: list[int | None] = []

@@ -97,7 +97,7 @@ NUMBERED: Code = [
 class Sender:
     """A map, and a program that sends what it is told."""
 
-    def __init__(self, map: kbpf.Map, program: kbpf.Program) -> None:
+    def __init__(self, map: kbpf.BpfMap, program: kbpf.Program) -> None:
         self.map = map
         self.program = program
 
@@ -109,10 +109,10 @@ class Sender:
 
 
 @contextmanager
-def sender(backend: str, code: Code, size: int = 1 << 16, maps: Sequence[kbpf.Map] = ()) -> Iterator[Sender]:
+def sender(backend: str, code: Code, size: int = 1 << 16, maps: Sequence[kbpf.BpfMap] = ()) -> Iterator[Sender]:
     perf = code is TO_PERF
     spec = kbpf.MapSpec(type="perf_event_array", key_size=4, value_size=4) if perf else ring(size)
-    with kbpf.Map.create(spec, backend=backend) as map, program_of(backend, code, [map, *maps]) as program:
+    with kbpf.BpfMap.create(spec, backend=backend) as map, program_of(backend, code, [map, *maps]) as program:
         yield Sender(map, program)
 
 
@@ -120,7 +120,7 @@ def ring(size: int) -> kbpf.MapSpec:
     return kbpf.MapSpec(type="ringbuf", max_entries=size, name="events")
 
 
-def program_of(backend: str, code: Code, maps: Sequence[kbpf.Map], **spec: bytes) -> kbpf.Program:
+def program_of(backend: str, code: Code, maps: Sequence[kbpf.BpfMap], **spec: bytes) -> kbpf.Program:
     specs = tuple(
         kbpf.MapSpec(
             type=map.type,

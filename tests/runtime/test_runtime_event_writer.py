@@ -46,7 +46,7 @@ def drain(backend, map):
 @contextmanager
 def writing(backend, type=None):
     spec = kbpf.MapSpec(type="user_ringbuf", max_entries=PAGE)
-    with kbpf.Map.create(spec, backend=backend) as map, drain(backend, map) as program, map.writer(type) as writer:
+    with kbpf.BpfMap.create(spec, backend=backend) as map, drain(backend, map) as program, map.writer(type) as writer:
         yield writer, lambda: program.run(bytes(64)).value
 
 
@@ -147,7 +147,7 @@ def test_in_a_forked_child_a_writer_is_closed(backend):
 def test_what_is_written_outlives_a_writer_that_is_killed():
     """A record is there as a whole or not at all: its position moves last."""
     spec = kbpf.MapSpec(type="user_ringbuf", max_entries=PAGE)
-    with kbpf.Map.create(spec, backend="kernel") as map, drain("kernel", map) as program:
+    with kbpf.BpfMap.create(spec, backend="kernel") as map, drain("kernel", map) as program:
         child = os.fork()
         if not child:
             writer = map.writer()

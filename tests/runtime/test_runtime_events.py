@@ -164,7 +164,7 @@ def test_what_finds_no_room_in_a_ring_is_told_to_the_program_alone(backend):
 
 def test_discarded_records_are_no_events(backend):
     with (
-        kbpf.Map.create(ring(4096), backend=backend) as map,
+        kbpf.BpfMap.create(ring(4096), backend=backend) as map,
         program_of(backend, reserved("ringbuf_submit"), [map]) as submit,
         program_of(backend, reserved("ringbuf_discard"), [map]) as discard,
         map.events("Q8x") as events,
@@ -409,7 +409,7 @@ def test_several_maps_in_one_reader(backend):
 
 def test_only_maps_of_events_are_read(backend):
     spec = kbpf.MapSpec(type="array", key_size=4, value_size=4, max_entries=1)
-    with kbpf.Map.create(spec, backend=backend) as map:
+    with kbpf.BpfMap.create(spec, backend=backend) as map:
         with pytest.raises(TypeError, match="events come from ringbuf and perf_event_array"):
             map.events()
         with pytest.raises(TypeError, match="user space writes to user_ringbuf"):
@@ -457,7 +457,7 @@ def test_a_reader_that_is_killed_leaves_what_it_has_not_read():
 
 
 def test_a_frozen_ring_cannot_be_read(backend):
-    with kbpf.Map.create(ring(4096), backend=backend) as map:
+    with kbpf.BpfMap.create(ring(4096), backend=backend) as map:
         map.freeze()
         with pytest.raises(kbpf.PermissionDeniedError, match="the map is frozen"):
             map.events()
@@ -650,7 +650,7 @@ def test_a_record_that_is_being_written_holds_up_those_behind_it():
     environment = kbpf.emulator.environment
     seen = []
     with (
-        kbpf.Map.create(ring(4096), backend="emulator") as map,
+        kbpf.BpfMap.create(ring(4096), backend="emulator") as map,
         program_of("emulator", reserved("ringbuf_submit", between=printing), [map]) as program,
         program_of("emulator", TO_RING, [map]) as other,
         map.events("Q8x") as events,

@@ -75,7 +75,7 @@ def test_a_format_gives_tuples_and_one_field_its_value():
 
 def test_bytes_that_only_align_are_no_difference():
     assert codec_for("QI", 16).decode(struct.pack("QIxxxx", 1, 2)) == (1, 2)
-    for spec in ("=QI", Event, CEvent, ctypes.c_uint32):
+    for spec in ("=QI", "IQI", "III", Event, CEvent, ctypes.c_uint32):
         with pytest.raises(ValueError, match="where there are 16"):
             codec_for(spec, 16)
 

@@ -2,6 +2,7 @@
 
 import errno
 import struct
+from ipaddress import IPv4Network
 
 import pytest
 
@@ -183,10 +184,13 @@ def test_update_flags_are_the_kernels(backend):
 def test_a_map_without_batch_commands_is_still_read_whole(backend):
     spec = kbpf.MapSpec(type="lpm_trie", key_size=8, value_size=4, max_entries=8, flags=1, value_type=U32)
     with kbpf.Map.create(spec, backend=backend) as map:
-        keys = [struct.pack("=I4s", length, b"\x0a\0\0\0") for length in (8, 16, 24)]
-        for value, key in enumerate(keys):
-            map[key] = value
-        assert map.snapshot() == {key: value for value, key in enumerate(keys)}
+        for value, length in enumerate((8, 16, 24)):
+            map[struct.pack("=I4s", length, b"\x0a\0\0\0")] = value
+        assert map.snapshot() == {
+            IPv4Network("10.0.0.0/8"): 0,
+            IPv4Network("10.0.0.0/16"): 1,
+            IPv4Network("10.0.0.0/24"): 2,
+        }
 
 
 @pytest.mark.requires("kernel")

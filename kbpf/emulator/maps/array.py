@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import sys
 import weakref
@@ -92,6 +91,8 @@ class Array(Map):
             raise refused(errno.EINVAL)
         if not writable:
             return memoryview(self.values.buffer)[offset : offset + size].toreadonly()
+        import ctypes
+
         # What every view of the mapping keeps, also one that is cut or cast from another.
         mapping = (ctypes.c_ubyte * size).from_buffer(self.values.buffer, offset)
         self._mapped = [*(mapped for mapped in self._mapped if mapped() is not None), weakref.ref(mapping)]

@@ -1,0 +1,373 @@
+"""Maps under fire: many at once, signals, forks, descriptors and pins that go away, writers that are killed."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kbpf
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
+
+KERNEL = pytest.mark.requires("kernel")
+SPEC = kbpf.MapSpec(type="hash", max_entries=1000, name="robust")
+
+
+def of(backend, type="hash", max_entries=1000, key="I", value="Q", **spec):
+    spec = kbpf.MapSpec(type=type, max_entries=max_entries, **spec)
+    return kbpf.Map.create(spec, backend, key=key, value=value)
+
+
+class Threads:
+    """Functions that run over and over, each in a thread, until the block ends; what they raise comes out there."""
+
+    def __init__(self, *functions: Callable[[], object]) -> None:
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        self.rounds = [0] * len(functions)
+        self.threads = [threading.Thread(target=self.loop, args=item) for item in enumerate(functions)]
+
+    def loop(self, number: int, function: Callable[[], object]) -> None:
+        try:
+            while not self.stop.is_set():
+                function()
+                self.rounds[number] += 1
+        except BaseException as error:
+            self.errors.append(error)
+
+    def __enter__(self) -> Threads:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+        assert all(self.rounds)
+
+
+def churn(map: kbpf.Map, keys: range) -> Callable[[], None]:
+    """Stores and deletes some of the keys, whose values are their doubles."""
+    rng = random.Random(f"{keys}")
+
+    def once() -> None:
+        some = rng.sample(keys, 20)
+        map.update_many({key: 2 * key for key in some})
+        map.delete_many(some[:15])
+
+    return once
+
+
+def read_until(rounds: int, threads: Threads, look: Callable[[], None]) -> None:
+    """Look again and again until every thread has been through some rounds."""
+    while not threads.errors and min(threads.rounds) < rounds:
+        look()
+
+
+@pytest.mark.parametrize("type", ["hash", "lru_hash", "hash without batches"])
+def test_a_snapshot_has_what_stays_while_others_come_and_go(backend, type, monkeypatch):
+    if type.endswith("batches"):
+
+        def refused(*_: object, **__: object) -> None:
+            raise OSError(errno.EINVAL, "")
+
+        for command in ("map_lookup_batch", "map_update_batch", "map_delete_batch"):
+            monkeypatch.setattr(kbpf.runtime.backends.get_backend(backend).__class__, command, refused)
+    stays = range(100)
+    with of(backend, type.split()[0], 4000) as map:
+        map.update_many({key: 2 * key for key in stays})
+
+        def look() -> None:
+            found = map.snapshot()
+            assert all(value == 2 * key for key, value in found.items())
+            if found.complete:
+                assert found.keys() >= set(stays)
+            for key, value in map.items():
+                assert value == 2 * key
+            assert len(list(map)) >= len(stays) or not found.complete
+
+        with Threads(churn(map, range(1000, 1200)), churn(map, range(2000, 2200))) as threads:
+            read_until(20, threads, look)
+
+
+def test_threads_share_a_map(backend):
+    with of(backend) as map:
+
+        def writer(start: int) -> Callable[[], None]:
+            def once() -> None:
+                for key in range(start, start + 50):
+                    map[key] = key * 3
+                    assert map[key] == key * 3
+                    assert map.pop(key) == key * 3
+
+            return once
+
+        with Threads(*(writer(start) for start in (0, 100, 200, 300))) as threads:
+            read_until(5, threads, lambda: time.sleep(0.001))
+        assert len(map) == 0
+
+
+def test_increments_of_threads_add_up(backend):
+    with of(backend) as map:
+
+        def add() -> None:
+            for _ in range(100):
+                map.increment(1)
+                map.increment(2, 3)
+
+        threads = [threading.Thread(target=add) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert map.snapshot() == {1: 400, 2: 1200}
+
+
+@KERNEL
+def test_increments_of_processes_and_programs_add_up():
+    """A program adds to the value too, by the instruction that compilers make of __sync_fetch_and_add."""
+    with of("kernel", "array", 1, key=None, key_size=4) as map:
+        code = (
+            *ebpf.ld_imm64(1, 0, ebpf.PSEUDO_MAP_IDX_VALUE),
+            Instruction(ebpf.ALU64 | ebpf.MOV, 0, imm=1),
+            Instruction(ebpf.STX | ebpf.ATOMIC | ebpf.DW, 1, 0, 0, ebpf.ADD),
+            Instruction(ebpf.JMP | ebpf.EXIT),
+        )
+        wanted = kbpf.MapSpec(type="array", key_size=4, value_size=8, max_entries=1)
+        spec = kbpf.ProgramSpec(instructions=code, maps=(wanted,))
+
+        def add() -> None:
+            for _ in range(2000):
+                map.increment(0)
+
+        with kbpf.load_program(spec, [map], "kernel") as program:
+            process = multiprocessing.get_context("fork").Process(target=add)
+            process.start()
+            program.run(bytes(64), repeat=200_000)
+            add()
+            process.join()
+        assert (process.exitcode, map[0]) == (0, 204_000)
+
+
+def test_a_full_map_refuses_each_thread_and_goes_on(backend):
+    with of(backend, max_entries=10) as map:
+        full = []
+
+        def fill() -> None:
+            for key in range(100):
+                try:
+                    map[key] = 1
+                except kbpf.MapFullError:
+                    full.append(key)
+            map.delete_many(range(100))
+
+        with Threads(fill, fill) as threads:
+            read_until(5, threads, lambda: time.sleep(0.001))
+        assert full
+        map.clear()
+        map.update_many(dict.fromkeys(range(10), 1))
+        assert len(map) == 10
+
+
+def test_signals_interrupt_nothing(backend):
+    """The handler uses the map, too, in the middle of what the program does with it."""
+    with of(backend) as map:
+        seen: list[tuple[int, int]] = []
+        numbers = itertools.count(1000)
+
+        def handle(*_: object) -> None:
+            # Another signal may come in the middle of this one.
+            number = next(numbers)
+            map[number] = 2 * number
+            seen.append((map.pop(number), 2 * number))
+
+        before = signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            while len(seen) < 50:
+                map.update_many({key: key for key in range(100)})
+                assert all(map[key] == key for key in range(100))
+                assert map.snapshot().keys() >= set(range(100))
+                assert map.delete_many(range(100)) == 100
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert all(found == stored for found, stored in seen)
+
+
+def test_a_watch_keeps_its_times_while_signals_come(backend):
+    with of(backend) as map:
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        try:
+            start = time.monotonic()
+            assert len(list(map.watch(0.03, count=3))) == 3
+            assert time.monotonic() - start >= 0.09
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+@KERNEL
+def test_a_fork_shares_the_map_and_closes_its_own_descriptor():
+    with of("kernel") as map:
+        map[1] = 1
+
+        def child() -> None:
+            assert map[1] == 1
+            map[2] = 22
+            map.increment(3)
+            map.close()
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        assert (process.exitcode, map.snapshot()) == (0, {1: 1, 2: 22, 3: 1})
+
+
+@KERNEL
+def test_mapped_memory_is_shared_with_a_fork():
+    with of("kernel", "array", 4, key=None, key_size=4, flags=1024) as map:
+        view = map.view(writable=True)
+
+        def child() -> None:
+            view[2] = 7
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        assert (process.exitcode, view[2], map[2]) == (0, 7, 7)
+
+
+@KERNEL
+def test_a_descriptor_closed_underneath_is_said():
+    map = of("kernel")
+    descriptor = map.fileno()
+    os.close(descriptor)
+    uses = (
+        lambda: map[1],
+        lambda: map.__setitem__(1, 1),
+        lambda: list(map),
+        map.snapshot,
+        lambda: map.update_many({1: 1}),
+    )
+    for use in uses:
+        with pytest.raises(kbpf.BpfError, match=f"descriptor {descriptor} was closed by something else") as refused:
+            use()
+        assert refused.value.errno == errno.EBADF
+    with pytest.raises(kbpf.BpfError, match="closed by something else"):
+        map.close()
+    map.close()
+
+
+@KERNEL
+def test_a_descriptor_that_is_another_file_by_now_is_refused():
+    map = of("kernel")
+    with Path("/dev/null").open() as other:
+        os.dup2(other.fileno(), map.fileno())
+        with pytest.raises(kbpf.BpfError) as refused:
+            map[1]
+        assert refused.value.errno == errno.EINVAL
+        map.close()
+
+
+@KERNEL
+def test_a_pin_removed_underneath_leaves_the_map_to_those_who_have_it(tmp_path):
+    path = Path(f"/sys/fs/bpf/kbpf-test-{tmp_path.name}")
+    with of("kernel") as map:
+        map.pin(str(path))
+        opened = kbpf.Map.open(path=str(path), backend="kernel", key="I", value="Q")
+        path.unlink()
+        with opened:
+            opened[1] = 7
+            with pytest.raises(kbpf.BpfError) as refused:
+                kbpf.Map.open(path=str(path), backend="kernel")
+            assert refused.value.errno == errno.ENOENT
+        assert map[1] == 7
+
+
+@KERNEL
+def test_a_writer_that_is_killed_leaves_whole_values(tmp_path):
+    """Each value is a number twice: one that was half written would have two."""
+    path = Path(f"/sys/fs/bpf/kbpf-test-{tmp_path.name}")
+    code = f"""
+import itertools, kbpf
+with kbpf.Map.open(path={str(path)!r}, backend="kernel", key="I", value="QQ") as map:
+    print("ready", flush=True)
+    for number in itertools.count():
+        map.update_many({{key: (number, number) for key in range(500)}})
+        map.delete_many(range(250))
+"""
+    with of("kernel", value="QQ") as map:
+        map.pin(str(path))
+        try:
+            for _ in range(3):
+                with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
+                    assert writer.stdout is not None
+                    assert writer.stdout.readline() == b"ready\n"
+                    until = time.monotonic() + 0.05
+                    while time.monotonic() < until:
+                        assert all(first == second for first, second in map.snapshot().values())
+                    writer.kill()
+                found = map.snapshot()
+                assert all(first == second for first, second in found.values())
+                assert found.keys() <= set(range(500))
+                # Nothing is held: the map goes on for others.
+                map.update_many(dict.fromkeys(range(1000), (0, 0)))
+                assert len(map) == 1000
+                map.clear()
+        finally:
+            path.unlink()
+
+
+@KERNEL
+def test_processes_read_and_write_at_once():
+    with of("kernel", max_entries=5000) as map:
+        stays = range(100)
+        map.update_many({key: 2 * key for key in stays})
+
+        def write(number: int) -> None:
+            once = churn(map, range(1000 * number, 1000 * number + 200))
+            for _ in range(200):
+                once()
+
+        fork = multiprocessing.get_context("fork")
+        processes = [fork.Process(target=write, args=(number,)) for number in (1, 2, 3)]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            found = map.snapshot()
+            assert found.keys() >= set(stays)
+            assert all(value == 2 * key for key, value in found.items())
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+
+
+@KERNEL
+def test_memory_is_given_back_when_the_last_view_goes():
+    """Mapping a map again and again keeps nothing: neither memory nor descriptors."""
+    with of("kernel", "array", 4, key=None, key_size=4, flags=1024) as map:
+
+        def mapped() -> int:
+            return Path("/proc/self/maps").read_text().count("bpf-map")
+
+        before, descriptors = mapped(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        for _ in range(100):
+            map.view().tolist()
+        assert (mapped(), len(os.listdir("/proc/self/fd"))) == (before, descriptors)  # noqa: PTH208
