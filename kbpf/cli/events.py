@@ -37,7 +37,7 @@ def command(
             click.echo(f"{events.lost} events found no room", err=True)
 
 
-def _reader(map: kbpf.Map, format: str | None) -> kbpf.Events:
+def _reader(map: kbpf.BpfMap, format: str | None) -> kbpf.Events:
     try:
         return map.events(format)
     except (TypeError, ValueError) as error:

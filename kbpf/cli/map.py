@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 import kbpf
-from kbpf.cli import objects
+from kbpf.cli import elements, objects
 from kbpf.cli.objects import SELECTOR, as_json
-from kbpf.cli.output import Table, plain, text
+from kbpf.cli.output import Table, plain, text, until_interrupted
 from kbpf.cli.output import show as show_tables
 from kbpf.info import MapInfo
+from kbpf.runtime.maps.watch import Change
+from kbpf.uapi.constants import BPF_ANY, BPF_EXIST, BPF_NOEXIST
 
 
 @click.group("map")
@@ -26,7 +28,7 @@ def command() -> None:
 @as_json
 def show(which: tuple[str, ...], as_json: bool) -> None:
     """Show all maps, or one by its id, pin or name, as ``bpftool map show`` does."""
-    found, is_list = objects.listed(which, "map", _all, kbpf.Map.open)
+    found, is_list = objects.listed(which, "map", _all, kbpf.BpfMap.open)
     objects.write(found, is_list, as_json, _fields, _text)
 
 
@@ -42,6 +44,8 @@ def dump(which: tuple[str, ...], as_json: bool) -> None:
     Keys and values are typed where the map says what they are (BTF), and hexadecimal digits otherwise.
     """
     with opened(which) as map:
+        if not isinstance(map, kbpf.Map):
+            raise click.UsageError(f"A map of type {map.type} has no keys, and nothing walks over it.")
         if as_json:
             click.echo(json.dumps([{"key": plain(key), "value": plain(value)} for key, value in map.items()]))
         else:
@@ -49,9 +53,91 @@ def dump(which: tuple[str, ...], as_json: bool) -> None:
             show_tables([Table(f"{map.name or 'unnamed'} ({map.type})", ["key", "value"], rows)])
 
 
-def opened(which: tuple[str, ...]) -> kbpf.Map:
+_WORDS = f"{SELECTOR} key KEY"
+
+
+@command.command("get", context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, required=True, metavar=_WORDS)
+@click.option("--json", "as_json", is_flag=True, help="Write a JSON object of key and value.")
+def get(words: tuple[str, ...], as_json: bool) -> None:
+    """Print the value of one key; of a queue or stack, the value that is next.
+
+    A KEY is what its type has: a number, an address or network, fields (host=1 port=2); or its bytes, as bpftool takes
+    them: as many numbers as there are (1 0 0 0), or hex and two digits each (hex 01 00 00 00).
+    """
+    which, given = elements.split(words, ("key",))
+    with opened(which) as map:
+        found = elements.read(map, given)
+        if as_json:
+            click.echo(json.dumps({name: plain(value) for name, value in found.items()}))
+        else:
+            click.echo(text(found["value"]))
+
+
+@command.command("set", context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, required=True, metavar=f"{_WORDS} value VALUE")
+@click.option("--if", "condition", type=click.Choice(["new", "there"]), help="Only a key that is new, or is there.")
+def set(words: tuple[str, ...], condition: str | None) -> None:
+    """Store a value; a queue or stack takes it without a key.
+
+    A VALUE is written as a KEY is (see get). Each processor's value is set where each has its own. Arrays of programs
+    and maps of maps take id N or pinned PATH.
+    """
+    which, given = elements.split(words, ("key", "value"))
+    with opened(which) as map:
+        elements.store(map, given, {None: BPF_ANY, "new": BPF_NOEXIST, "there": BPF_EXIST}[condition])
+
+
+@command.command("watch")
+@click.argument("which", nargs=-1, required=True, metavar=SELECTOR)
+@click.option("--interval", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, metavar="SECONDS")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Stop after so many intervals.")
+@click.option("--json", "as_json", is_flag=True, help="Write a JSON object a line.")
+def watch(which: tuple[str, ...], interval: float, count: int | None, as_json: bool) -> None:
+    """Print what changes in a map of counters, and how much that is a second, until Ctrl-C."""
+    with opened(which) as map, until_interrupted():
+        if not isinstance(map, kbpf.Map):
+            raise click.UsageError(f"A map of type {map.type} has no keys to watch.")
+        try:
+            for change in map.watch(interval, count=count):
+                if as_json:
+                    click.echo(json.dumps(_change_as_json(change)))
+                else:
+                    show_tables([_change_as_table(map, change)])
+        except TypeError as error:
+            raise click.ClickException(f"{map.label}: {error}.") from None
+
+
+def _change_as_json(change: Change) -> dict[str, Any]:
+    changed = [
+        {"key": plain(key), "value": plain(change.values[key]), "delta": plain(delta), "rate": plain(change.rates[key])}
+        for key, delta in change.deltas.items()
+    ]
+    return {"elapsed": round(change.elapsed, 3), "changed": changed, "removed": [plain(key) for key in change.removed]}
+
+
+def _change_as_table(map: kbpf.Map, change: Change) -> Table:
+    rows = [
+        [text(key), text(change.values[key]), text(delta), text(rounded(change.rates[key]))]
+        for key, delta in change.deltas.items()
+    ]
+    rows += [[text(key), "-", "-", "-"] for key in change.removed]
+    return Table(f"{map.name or 'unnamed'} ({map.type})", ["key", "value", "delta", "a second"], rows)
+
+
+def rounded(rate: Any) -> Any:
+    """A rate, or a struct of them, to a tenth."""
+    if isinstance(rate, float):
+        return round(rate, 1)
+    if isinstance(rate, tuple):
+        parts = [rounded(one) for one in rate]
+        return rate._make(parts) if hasattr(rate, "_make") else tuple(parts)
+    return rate
+
+
+def opened(which: tuple[str, ...]) -> kbpf.BpfMap:
     """The map that a selector names."""
-    return kbpf.Map.open(**objects.one_id(which, "map", _all), backend=objects.backend())
+    return kbpf.BpfMap.open(**objects.one_id(which, "map", _all), backend=objects.backend())
 
 
 def _all() -> Iterator[MapInfo]:

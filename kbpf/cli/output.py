@@ -97,14 +97,14 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A key or value of a map as JSON has it: bytes as hexadecimal digits, structs as objects."""
+    """A key or value of a map as JSON has it: bytes as hexadecimal digits, structs as objects, networks as text."""
     if isinstance(value, bytes):
         return value.hex()
     if hasattr(value, "_asdict"):
         return {name: plain(member) for name, member in value._asdict().items()}
     if isinstance(value, (tuple, list)):
         return [plain(element) for element in value]
-    return value
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
 
 
 def text(value: Any) -> str:

@@ -134,7 +134,7 @@ def test_the_lists_have_the_fields_of_bpftools(cli, program: kbpf.Program) -> No
 )
 def test_map_show_has_what_bpftool_shows(cli, spec: MapSpec) -> None:
     with (
-        kbpf.Map.create(spec, "kernel") as map,
+        kbpf.BpfMap.create(spec, "kernel") as map,
         kbpf.load_program(ProgramSpec(type="xdp", instructions=RETURNS_0), backend="kernel") as entry,
     ):
         if spec.type == "prog_array":

@@ -1,0 +1,164 @@
+"""``kbpf map get``, ``set`` and ``watch``: one element at a time, and counters over time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kbpf
+from kbpf.testing.btf_bytes import BtfBytes
+
+pytestmark = pytest.mark.requires("kernel")
+TYPES = BtfBytes()
+TYPED = {"btf": TYPES.bytes(), "btf_key_type_id": TYPES.int, "btf_value_type_id": TYPES.u64}
+
+
+def made(type: str, **spec: Any) -> Any:
+    return kbpf.BpfMap.create(kbpf.MapSpec(type=type, **spec), "kernel")
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    with made("hash", key_size=4, value_size=8, max_entries=8, name="counters", **TYPED) as map:
+        yield map
+
+
+def test_set_and_get_an_element(cli, counters) -> None:
+    which = ("id", str(counters.id))
+    assert cli("map", "set", *which, "key", "-7", "value", "0x20")[:2] == (0, "")
+    assert cli("map", "get", *which, "key", "-7").out == "32\n"
+    assert json.loads(cli("map", "get", *which, "key", "-7", "--json").out) == {"key": -7, "value": 32}
+    # As bpftool takes them.
+    assert cli("map", "get", *which, "key", "hex", "f9", "ff", "ff", "ff").out == "32\n"
+    assert cli("map", "set", *which, "key", "1", "0", "0", "0", "value", "2", *"0000000").status == 0
+    assert cli("map", "get", *which, "key", "1").out == "2\n"
+
+
+@pytest.mark.requires("bpftool")
+def test_what_is_set_bpftool_finds(cli, counters) -> None:
+    id = str(counters.id)
+    assert cli("map", "set", "id", id, "key", "258", "value", "7").status == 0
+    lookup = ["bpftool", "-j", "map", "lookup", "id", id, "key", "2", "1", "0", "0"]
+    found = json.loads(subprocess.run(lookup, capture_output=True, check=True).stdout)
+    assert found["formatted"] == {"key": 258, "value": 7}
+
+
+def test_what_is_not_there_is_said_in_a_line(cli, counters) -> None:
+    which = ("id", str(counters.id))
+    assert cli("map", "get", *which, "key", "5")[::2] == (1, 'Error: map "counters" has no key 5.\n')
+    assert "has no key 5" in cli("map", "set", *which, "key", "5", "value", "1", "--if", "there").err
+    assert cli("map", "set", *which, "key", "5", "value", "1", "--if", "new").status == 0
+    assert "EEXIST" in cli("map", "set", *which, "key", "5", "value", "1", "--if", "new").err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("get",), "give key KEY"),
+        (("get", "key"), "Behind the map stands key KEY."),
+        (("get", "value", "1"), "Behind the map stands key KEY."),
+        (("get", "key", "x"), "does not fit 4 bytes"),
+        (("get", "key", "1", "2"), "does not fit"),
+        (("get", "key", "hex", "1"), "1 bytes where 4 are wanted"),
+        (("get", "key", "hex", "xy"), "hex xy"),
+        (("set", "key", "1"), "give key KEY and value VALUE"),
+        (("set", "value", "1", "key", "1"), "give key KEY and value VALUE"),
+    ],
+)
+def test_wrong_words_are_wrong_usage(cli, counters, words: tuple[str, ...], said: str) -> None:
+    command, *rest = words
+    done = cli("map", command, "id", str(counters.id), *rest)
+    assert done.status == 2
+    assert said in done.err
+
+
+def test_networks_and_bytes_are_keys_too(cli) -> None:
+    with made("lpm_trie", key_size=8, value_size=4, max_entries=8, flags=1) as map:
+        which = ("id", str(map.id))
+        assert cli("map", "set", *which, "key", "10.0.0.0/8", "value", "1").status == 0
+        assert cli("map", "get", *which, "key", "10.1.2.3").out == "01000000\n"
+        assert json.loads(cli("map", "dump", *which, "--json").out) == [{"key": "10.0.0.0/8", "value": "01000000"}]
+
+
+def test_fields_have_names(cli) -> None:
+    types = BtfBytes()
+    value = types.structure("traffic", 8, ("packets", types.int, 0), ("drops", types.int, 4))
+    described = {"btf": types.bytes(), "btf_key_type_id": types.int, "btf_value_type_id": value}
+    with made("array", key_size=4, value_size=8, max_entries=2, **described) as map:
+        which = ("id", str(map.id))
+        assert cli("map", "set", *which, "key", "1", "value", "packets=5", "drops=2").status == 0
+        assert cli("map", "get", *which, "key", "1").out == "packets=5 drops=2\n"
+        assert cli("map", "set", *which, "key", "0", "value", "3", "4").status == 0
+        assert json.loads(cli("map", "get", *which, "key", "0", "--json").out)["value"] == {"packets": 3, "drops": 4}
+
+
+def test_each_processor_gets_the_value(cli) -> None:
+    with made("percpu_array", key_size=4, value_size=4, max_entries=2) as map:
+        assert cli("map", "set", "id", str(map.id), "key", "1", "value", "7").status == 0
+        assert {bytes(value) for value in map[1]} == {b"\7\0\0\0"}
+
+
+def test_a_queue_has_no_keys(cli) -> None:
+    with made("queue", value_size=4, max_entries=1) as map:
+        which = ("id", str(map.id))
+        assert "is empty" in cli("map", "get", *which).err
+        assert cli("map", "set", *which, "value", "7").status == 0
+        assert cli("map", "get", *which).out == "07000000\n"
+        assert "it holds 1 entries" in cli("map", "set", *which, "value", "7").err
+        assert "give nothing behind it" in cli("map", "get", *which, "key", "1").err
+        for command in ("dump", "watch"):
+            assert "has no keys" in cli("map", command, *which).err
+
+
+def test_maps_and_programs_are_stored_by_what_names_them(cli) -> None:
+    inner = kbpf.MapSpec(type="array", key_size=4, value_size=4, max_entries=1)
+    with (
+        made("array_of_maps", key_size=4, value_size=4, max_entries=2, inner=inner) as outer,
+        made("array", key_size=4, value_size=4, max_entries=1) as one,
+    ):
+        which = ("id", str(outer.id))
+        assert cli("map", "set", *which, "key", "1", "value", "id", str(one.id)).status == 0
+        assert cli("map", "get", *which, "key", "1").out == f"{one.id}\n"
+        assert "id N or pinned PATH" in cli("map", "set", *which, "key", "1", "value", "name", "x").err
+
+
+def test_watch_writes_what_changes(cli, counters, monkeypatch: pytest.MonkeyPatch) -> None:
+    counters[1] = 5
+    counters[2] = 5
+    whole = type(counters).snapshot
+    readings = []
+
+    def reading(map: Any) -> Any:
+        # Somebody counts between the first reading and the second.
+        if readings:
+            counters[1] = 8
+            counters.pop(2, None)
+        readings.append(1)
+        return whole(map)
+
+    monkeypatch.setattr(type(counters), "snapshot", reading)
+    done = cli("map", "watch", "id", str(counters.id), "--interval", "0.01", "--count", "2", "--json")
+    first, second = map(json.loads, done.out.splitlines())
+    rate = first["changed"][0].pop("rate")
+    assert 0 < rate <= 3 / 0.01
+    assert (first["changed"], first["removed"]) == ([{"key": 1, "value": 8, "delta": 3}], [2])
+    assert (second["changed"], second["removed"]) == ([], [])
+    readings.clear()
+    counters[1] = 5
+    counters[2] = 5
+    lines = cli("map", "watch", "id", str(counters.id), "--interval", "0.01", "--count", "1").out.splitlines()
+    assert lines[0] == "counters (hash)"
+    assert lines[1].split() == ["key", "value", "delta", "a", "second"]
+    assert lines[2].split()[:3] == ["1", "8", "3"]
+    assert lines[3].split() == ["2", "-", "-", "-"]
+
+
+def test_watching_bytes_says_what_is_wrong(cli) -> None:
+    with made("hash", key_size=4, value_size=8, max_entries=8, name=f"b{os.getpid()}") as map:
+        map[bytes(4)] = bytes(8)
+        assert cli("map", "watch", "id", str(map.id), "--interval", "0.01", "--count", "1").status == 0
