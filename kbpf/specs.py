@@ -132,6 +132,7 @@ class ProgramSpec:
 
     `instructions` may be given as bytes or decoded, and are kept decoded. A 64-bit immediate load whose `src` is
     ``PSEUDO_MAP_IDX`` or ``PSEUDO_MAP_IDX_VALUE`` refers to ``maps[imm]``, as in the kernel (BPF_PROG_LOAD's fd_array).
+    Maps that no instruction refers to live as long as the program, too (Linux 6.14, and 5.10 by BPF_PROG_BIND_MAP).
     `func_info` and `line_info` are arrays of ``struct bpf_func_info`` and ``struct bpf_line_info`` into `btf`.
     """
 

@@ -117,12 +117,14 @@ class Program:
                 ksyms.refuse_function(imm)
         checks.check(spec.instructions, spec.type in LOADS_PACKET)
         calls.check(spec)
-        #: In order of first use; the program keeps them.
+        #: Those that no instruction names, then the others in order of first use; the program keeps them.
         self.maps: list[Map] = []
         #: Variables and functions of the kernel that it refers to.
         self.kernel_symbols: list[ksyms.Symbol] = []
         #: The maps that instructions refer to, by index.
         self._referred: dict[int, Map] = {}
+        for spare in ebpf.spare_maps(spec.instructions, len(maps)):
+            self._use(maps[spare])
         constants = self._resolve(maps, map_of)
         for opcode, _, src, _, imm in spec.instructions:
             if opcode == ebpf.JMP | ebpf.CALL and not src:
@@ -225,18 +227,23 @@ class Program:
                 found = map_of(imm)
             except OSError as error:
                 raise invalid(f"fd {imm} is not pointing to valid bpf_map", error.errno or 0) from None
-        if found not in self.maps:
-            for name, without in _WITHOUT.items():
-                if self.type in without and any(field.name == name for field in found.special):
-                    raise invalid(f"{without[self.type]} progs cannot use {name} yet")
-            if self.sleepable and found.type not in _FOR_SLEEPERS:
-                raise invalid("Sleepable programs can only use array, hash, ringbuf and local storage maps")
-            if isinstance(found, SharedCgroupStorage) and any(type(found) is type(other) for other in self.maps):
-                raise invalid("only one cgroup storage of each type is allowed", errno.EBUSY)
-            if len(self.maps) == MOST_MAPS:
-                raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
-            self.maps.append(found)
+        self._use(found)
         return found
+
+    def _use(self, found: Map) -> None:
+        """Keep a map, if programs like this one may use it (`__add_used_map`)."""
+        if found in self.maps:
+            return
+        for name, without in _WITHOUT.items():
+            if self.type in without and any(field.name == name for field in found.special):
+                raise invalid(f"{without[self.type]} progs cannot use {name} yet")
+        if self.sleepable and found.type not in _FOR_SLEEPERS:
+            raise invalid("Sleepable programs can only use array, hash, ringbuf and local storage maps")
+        if isinstance(found, SharedCgroupStorage) and any(type(found) is type(other) for other in self.maps):
+            raise invalid("only one cgroup storage of each type is allowed", errno.EBUSY)
+        if len(self.maps) == MOST_MAPS:
+            raise invalid(f"The total number of maps per program has reached the limit of {MOST_MAPS}", errno.E2BIG)
+        self.maps.append(found)
 
     @staticmethod
     def _map_constant(found: Map, src: int, offset: int) -> int:

@@ -95,6 +95,13 @@ def ld_imm64(dst: int, value: int, src: int = 0) -> tuple[Instruction, Instructi
     )
 
 
+def spare_maps(instructions: Iterable[Instruction], count: int) -> list[int]:
+    """Of so many maps, those that no instruction refers to by index."""
+    by_index = (PSEUDO_MAP_IDX, PSEUDO_MAP_IDX_VALUE)
+    named = {step.imm for step in instructions if step.opcode == LD_IMM64 and step.src in by_index}
+    return [index for index in range(count) if index not in named]
+
+
 def signed32(value: int) -> int:
     """The low 32 bits of `value` as `imm` holds them."""
     value &= 0xFFFFFFFF

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from kbpf.backend import Engine, LoadRefused, RawRun, TraceStep, object_name
 from kbpf.info import ProgramInfo
@@ -65,7 +66,8 @@ class ProgramCommands:
             if btf is not None:
                 values["prog_btf_fd"] = btf
                 values.update(_records("func_info", func_info), **_records("line_info", line_info))
-            return _load(values, log_level)
+            spare = array("i", [maps[index] for index in ebpf.spare_maps(spec.instructions, len(maps))])
+            return _load_with_maps(values, spare, log_level) if spare else _load(values, log_level)
 
     def program_info(self, fd: int) -> ProgramInfo:
         count = Info("bpf_prog_info", fd)["nr_map_ids"]
@@ -205,6 +207,22 @@ def _records(kind: str, memory: syscall.Buffer) -> dict[str, int]:
         return {}
     size = STRUCTS[f"bpf_{kind}"].size
     return {kind: memory.address, f"{kind}_rec_size": size, f"{kind}_cnt": memory.size // size}
+
+
+def _load_with_maps(values: dict[str, int | bytes], maps: array[int], log_level: int) -> int:
+    """Load with maps that no instruction names: the kernel takes how many there are (Linux 6.14), or each by itself."""
+    descriptors = syscall.Buffer(maps.tobytes())
+    try:
+        return _load({**values, "fd_array": descriptors.address, "fd_array_cnt": len(maps)}, log_level)
+    except LoadRefused as error:
+        # What a kernel does not know is too long for it, and there is nothing in the log.
+        if error.errno != errno.E2BIG or error.log:
+            raise
+    fd = _load(values, log_level)
+    with suppress(OSError):
+        for map in maps:
+            command("prog_bind_map", prog_fd=fd, map_fd=map)
+    return fd
 
 
 def _load(values: dict[str, int | bytes], log_level: int) -> int:

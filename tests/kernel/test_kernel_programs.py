@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import pytest
 from kbpf.backend import LoadRefused
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.kernel import attrs, programs
 from kbpf.kernel.attrs import Info
 from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec, ProgramSpec
@@ -184,3 +186,27 @@ def test_packets_that_the_kernel_does_not_run_are_einval(kernel: KernelBackend, 
         with pytest.raises(OSError) as raised:
             kernel.program_run(fd, data, b"")
         assert raised.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_kernel_that_takes_no_count_of_maps_is_told_of_each(
+    kernel: KernelBackend, keep: Keep, monkeypatch: pytest.MonkeyPatch, knows: bool
+) -> None:
+    sent: list[str] = []
+
+    def command(name: str, /, **values: int | bytes) -> int:
+        if name == "prog_load" and "fd_array_cnt" in values and not knows:
+            # Linux before 6.14: what it does not know must be zero.
+            raise OSError(errno.E2BIG, "Argument list too long")
+        sent.append(name)
+        return attrs.command(name, **values)
+
+    monkeypatch.setattr(programs, "command", command)
+    monkeypatch.setattr(programs, "command_with_token", command)
+    maps = [kernel.map_create(ARRAY), kernel.map_create(ARRAY)]
+    ids = tuple(kernel.map_info(map).id for map in maps)
+    program = keep(kernel.program_load(returns(0, maps=(ARRAY, ARRAY)), maps))
+    for map in maps:
+        os.close(map)
+    assert kernel.program_info(program).map_ids == ids
+    assert sent == (["prog_load"] if knows else ["prog_load", "prog_bind_map", "prog_bind_map"])

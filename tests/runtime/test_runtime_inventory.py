@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,27 @@ def test_a_map_is_bound_to_a_program(backend: Any) -> None:
         assert program.info.map_ids == (id,)
         with kbpf.Map.open(id=id, backend=backend) as again:
             assert again.name == "counts"
+
+
+def test_maps_that_no_instruction_names_stay_with_the_program(backend: Any) -> None:
+    """They come first, whatever the order of the spec."""
+    names_the_first = (*ebpf.ld_imm64(2, 0, ebpf.PSEUDO_MAP_IDX), *RETURNS_0)
+    with kbpf.Map.create(HASH, backend) as named, kbpf.Map.create(HASH, backend) as spare:
+        ids = named.id, spare.id
+        spec = ProgramSpec(type="xdp", instructions=names_the_first, maps=(HASH, HASH, HASH))
+        program = kbpf.load_program(spec, [named, spare, spare], backend=backend)
+    with program:
+        assert program.info.map_ids == (ids[1], ids[0])
+        kbpf.Map.open(id=ids[1], backend=backend).close()
+
+
+def test_there_are_at_most_64_maps_with_those_that_no_instruction_names(backend: Any) -> None:
+    spec = ProgramSpec(type="socket_filter", instructions=RETURNS_0, maps=(HASH,) * 65)
+    with ExitStack() as stack:
+        maps = [stack.enter_context(kbpf.Map.create(HASH, backend)) for _ in range(65)]
+        kbpf.load_program(spec, [*maps[:64], maps[0]], backend=backend).close()
+        with pytest.raises(kbpf.VerifierError, match="limit of 64"):
+            kbpf.load_program(spec, maps, backend=backend)
 
 
 def test_programs_that_use_an_array_of_programs_are_of_one_type(backend: Any) -> None:
