@@ -78,7 +78,7 @@ def main() -> None:
 def measure(bpf: Any, kind: str, fill: Callable[[], None], pages: int, count: int, rounds: int) -> None:
     table = bpf[kind]
     kernel = kernel_backend()
-    with kbpf.Map.from_fd(kernel, kernel.duplicate(table.map_fd)) as map:
+    with kbpf.BpfMap.from_fd(kernel, kernel.duplicate(table.map_fd)) as map:
         readers = {"bcc callbacks": bcc_reader(bpf, table, kind, pages), **kbpf_readers(map, kind, pages, count)}
         times: dict[str, list[float]] = {name: [] for name in readers}
         for name in list(readers) * rounds:
@@ -130,7 +130,7 @@ def bcc_reader(bpf: Any, table: Any, kind: str, pages: int) -> Reader:
     return prepare, read
 
 
-def kbpf_readers(map: kbpf.Map, kind: str, pages: int, count: int) -> dict[str, Reader]:
+def kbpf_readers(map: kbpf.BpfMap, kind: str, pages: int, count: int) -> dict[str, Reader]:
     def reader(type: Any, read: Callable[[Any], tuple[int, int]]) -> Reader:
         events: Any = None
 

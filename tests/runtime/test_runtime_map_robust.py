@@ -362,12 +362,21 @@ def test_processes_read_and_write_at_once():
 @KERNEL
 def test_memory_is_given_back_when_the_last_view_goes():
     """Mapping a map again and again keeps nothing: neither memory nor descriptors."""
+
+    def held() -> tuple[int, int]:
+        return Path("/proc/self/maps").read_text().count("bpf-map"), len(list(Path("/proc/self/fd").iterdir()))
+
+    before = held()
     with of("kernel", "array", 4, key=None, key_size=4, flags=1024) as map:
-
-        def mapped() -> int:
-            return Path("/proc/self/maps").read_text().count("bpf-map")
-
-        before, descriptors = mapped(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        opened = held()
         for _ in range(100):
-            map.view().tolist()
-        assert (mapped(), len(os.listdir("/proc/self/fd"))) == (before, descriptors)  # noqa: PTH208
+            map.view(writable=True).tolist()
+        assert held() == opened
+        for _ in range(100):
+            view = map.view()
+        # One mapping for all who read, with the file that mmap keeps.
+        assert held() == (opened[0] + 1, opened[1] + 1)
+    assert held()[0] == before[0] + 1
+    assert view.tolist() == [0] * 4
+    del view
+    assert held() == before

@@ -44,6 +44,13 @@ class ArrayMap(IndexedMap):
     Deleting raises `BpfError` (EINVAL): store zero. Negative numbers are no indices.
     """
 
+    #: What `memory` gave for reading, until the map is closed: mapping takes as long as reading thousands of values.
+    _memory: memoryview | None = None
+
+    def close(self) -> None:
+        self._memory = None
+        super().close()
+
     def __len__(self) -> int:
         """`max_entries`: all elements are always there."""
         self.fileno()
@@ -94,19 +101,24 @@ class ArrayMap(IndexedMap):
 
         It stays mapped, and with it the map stays, until nothing refers to it, also when the map is closed. What is
         written there programs see at once; neither is atomic over several bytes. A map that is mapped writable cannot
-        be frozen. Linux 5.5, and the map must be made with BPF_F_MMAPABLE, as those of a program's variables are.
+        be frozen; reading maps it once. Linux 5.5, and the map must be made with BPF_F_MMAPABLE, as those of a program's variables are.
 
         Raises `BpfError` (EINVAL without that flag), `PermissionDeniedError` for writing what is frozen or read-only.
         """
-        size = self.stride * self.shape.max_entries
+        fd, size = self.fileno(), self.stride * self.shape.max_entries
+        if self._memory is not None and not writable:
+            return self._memory
         with doing(
             self._backend,
             f"map the memory of {self.label}",
             operation="map_memory",
             hints=self._mapping_hints(writable),
         ):
-            whole = self._backend.map_memory(self.fileno(), -(-size // PAGESIZE) * PAGESIZE, writable=writable)
-        return whole[:size]
+            whole = self._backend.map_memory(fd, -(-size // PAGESIZE) * PAGESIZE, writable=writable)
+        memory = whole[:size]
+        if not writable:
+            self._memory = memory
+        return memory
 
     def _mapping_hints(self, writable: bool) -> tuple[str, ...]:
         if not self.shape.flags & BPF_F_MMAPABLE:
