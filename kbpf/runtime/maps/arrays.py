@@ -101,7 +101,8 @@ class ArrayMap(IndexedMap):
 
         It stays mapped, and with it the map stays, until nothing refers to it, also when the map is closed. What is
         written there programs see at once; neither is atomic over several bytes. A map that is mapped writable cannot
-        be frozen; reading maps it once. Linux 5.5, and the map must be made with BPF_F_MMAPABLE, as those of a program's variables are.
+        be frozen; for reading it is mapped once. Linux 5.5, and the map must be made with BPF_F_MMAPABLE, as those of a
+        program's variables are.
 
         Raises `BpfError` (EINVAL without that flag), `PermissionDeniedError` for writing what is frozen or read-only.
         """
