@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa.ebpf import Instruction
-from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
+from kbpf.specs import EventSource, Layout, MapSpec, Netfilter, ProgramSpec
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -432,6 +432,10 @@ class Backend(Protocol):
         is given and not the place's. Control groups have the same since Linux 6.17, but only links to go before or
         after, and BPF_F_PREORDER (6.16).
         """
+        ...
+
+    def netfilter_link(self, program: int, hook: Netfilter) -> int:
+        """BPF_LINK_CREATE for a hook of netfilter (Linux 6.4), in the network namespace of the caller."""
         ...
 
     def link_update(self, link: int, program: int, old: int | None = None) -> None:

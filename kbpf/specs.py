@@ -234,6 +234,34 @@ class PerfEvent:
         _check_range("pid", self.pid, 1 << 31, 1)
 
 
+#: Numbers of families (NFPROTO_*) and hooks (NF_INET_*), linux/netfilter.h.
+NETFILTER_FAMILIES = {"ipv4": 2, "ipv6": 10}
+NETFILTER_HOOKS = {"prerouting": 0, "local_in": 1, "forward": 2, "local_out": 3, "postrouting": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Netfilter:
+    """A hook of netfilter in a network namespace, where programs run by rising `priority`.
+
+    With `defragment` they see packets whose fragments have been put together (Linux 6.6). For programs of type
+    ``netfilter`` (Linux 6.4), which return NF_DROP (0) or NF_ACCEPT (1).
+    """
+
+    family: Literal["ipv4", "ipv6"]
+    hook: Literal["prerouting", "local_in", "forward", "local_out", "postrouting"]
+    priority: int
+    defragment: bool = False
+
+    def __post_init__(self) -> None:
+        for name, given, known in (
+            ("family", self.family, NETFILTER_FAMILIES),
+            ("hook", self.hook, NETFILTER_HOOKS),
+        ):
+            if given not in known:
+                raise ValueError(f"{name}: {given!r} is none of {', '.join(known)}")
+        _check_range("priority", self.priority, 1 << 31, -(1 << 31))
+
+
 def _check_range(name: str, value: int | None, limit: int, first: int = 0) -> None:
     if value is not None and not first <= value < limit:
         raise ValueError(f"{name}: {value} is not in {first} to {limit - 1}")

@@ -48,7 +48,7 @@ from kbpf.emulator.waiting import Waiter
 from kbpf.errors import FilterError
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa import cbpf
-from kbpf.specs import EventSource, Layout, MapSpec, ProgramSpec
+from kbpf.specs import EventSource, Layout, MapSpec, Netfilter, ProgramSpec
 from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 
 FIRST_DESCRIPTOR = 1 << 20
@@ -456,6 +456,11 @@ class EmulatorBackend:
                     raise refused(errno.ENODEV)
                 made = links.attach_tcx(found, device, attach_type, flags, relative, revision, self)
             return self._open(made)
+
+    def netfilter_link(self, program: int, hook: Netfilter) -> int:
+        found = self.program(program)
+        with network.current().lock:
+            return self._open(network.current().inet.netfilter.attach(found, hook))
 
     def link_update(self, link: int, program: int, old: int | None = None) -> None:
         found = self.link(link)

@@ -9,8 +9,16 @@ from kbpf.emulator.helpers.allowed import ALLOWED
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER
 from kbpf.uapi.enums import ATTACH_TYPES, HELPERS
 
-# What a socket option attaches to, a map that keeps programs, and `event_attach`.
-_OTHERWISE = ("sk_reuseport_select", "sk_reuseport_select_or_migrate", "xdp_devmap", "xdp_cpumap", "perf_event")
+# What a socket option attaches to, a map that keeps programs, `event_attach`, and `netfilter_link`.
+_OTHERWISE = (
+    "sk_reuseport_select",
+    "sk_reuseport_select_or_migrate",
+    "xdp_devmap",
+    "xdp_cpumap",
+    "perf_event",
+    "netfilter",
+)
+_LINKS = ("xdp", "tcx", "cgroup", "perf_event", "raw_tracepoint", "netfilter")
 
 
 def ask(kind: FeatureKind, name: str, program_type: str = "") -> Answer:
@@ -22,9 +30,7 @@ def ask(kind: FeatureKind, name: str, program_type: str = "") -> Answer:
     if kind == "helper":
         return _helper(program_type, HELPERS[name])
     if kind == "link_type":
-        return _answer(
-            name in ("xdp", "tcx", "cgroup", "perf_event", "raw_tracepoint"), "the emulator has no such links"
-        )
+        return _answer(name in _LINKS, "the emulator has no such links")
     there = name in LINKED or name in _OTHERWISE or ATTACH_TYPES[name] in cgroup_links.ATTACHED
     return _answer(there, f"the emulator does not attach programs to {name}")
 

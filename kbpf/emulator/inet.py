@@ -23,6 +23,7 @@ from kbpf.emulator import cgroup_hooks, ethernet, headers
 from kbpf.emulator.environment import environment
 from kbpf.emulator.headers import IpHeader
 from kbpf.emulator.interface import EmulatedInterface
+from kbpf.emulator.netfilter import Hooks
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.ports import Ports
 from kbpf.emulator.routes import RT_TABLE_LOCAL, Route, find
@@ -80,6 +81,7 @@ class Inet:
         #: What ``nstat`` counts, by its names: ``UdpInErrors``.
         self.counters: Counter[str] = Counter()
         self.ports = Ports()
+        self.netfilter = Hooks()
         network.handle(ethernet.ETH_P_IP, self.receive4)
         network.handle(ethernet.ETH_P_IPV6, self.receive6)
 
@@ -181,7 +183,9 @@ class Inet:
     def receive4(self, device: EmulatedInterface, packet: Packet) -> None:
         """A packet of ETH_P_IP comes in (`ip_rcv`)."""
         header = headers.read_ipv4(packet.data)
-        if header is None or packet.pkt_type == ethernet.PACKET_OTHERHOST or header.fragmented:
+        if header is None or packet.pkt_type == ethernet.PACKET_OTHERHOST:
+            return
+        if not self.netfilter.accept("prerouting", 4) or header.fragmented:
             return
         if self._martian(device, header.source) or not (
             self.is_local(header.target) or self.is_broadcast(header.target)
@@ -197,7 +201,7 @@ class Inet:
         source, target = ipaddress.IPv6Address(header.source), ipaddress.IPv6Address(header.target)
         if source.is_multicast or (not device.loopback and (source.is_loopback or target.is_loopback)):
             return
-        if self.is_local(header.target):
+        if self.netfilter.accept("prerouting", 6) and self.is_local(header.target):
             self._deliver(device, packet, header)
 
     def _martian(self, device: EmulatedInterface, source: bytes) -> bool:
@@ -209,6 +213,8 @@ class Inet:
 
     def _deliver(self, device: EmulatedInterface, packet: Packet, header: IpHeader) -> None:
         """To raw sockets, and to whose protocol it is (`ip_protocol_deliver_rcu`)."""
+        if not self.netfilter.accept("local_in", header.version):
+            return
         if packet.length > header.end:
             packet.resize(header.end)
         raw = [socket for reference in self.raw if (socket := reference()) is not None]
@@ -277,10 +283,13 @@ class Inet:
     def emit(self, path: Path, data: bytes, how: Sending, partial: bool = False) -> None:
         """Send an IP packet that is complete, but for a `partial` checksum.
 
-        `OSError` EPERM where a program of the sender's control group does not let it.
+        `OSError` EPERM where a netfilter program or one of the sender's control group does not let it.
         """
         device = path.device
         protocol = ethernet.ip_protocol(data)
+        version = 4 if protocol == ethernet.ETH_P_IP else 6
+        if not all(self.netfilter.accept(hook, version) for hook in ("local_out", "postrouting")):
+            raise error(errno.EPERM)
         link = path.link + device.address[:6].ljust(6, b"\0") + protocol.to_bytes(2, "big") if device.header else b""
         packet = Packet(
             buffer=link + data,

@@ -1,40 +1,43 @@
-"""Netfilter programs: their context, and BPF_PROG_TEST_RUN (`bpf_prog_test_run_nf`, net/bpf/test_run.c, Linux 6.4).
+"""Netfilter hooks of an emulated network, and links of programs to them (net/netfilter/nf_bpf_link.c, Linux 6.4).
 
-The context (``struct bpf_nf_ctx``) is two pointers to structures of the kernel's own, as BTF describes them: they are
-there, and the emulator has nothing to load from them.
+The context (``struct bpf_nf_ctx``) is two pointers to structures of the kernel's own, as BTF describes them. Of
+``struct nf_hook_state`` the emulator has the hook and the family, of ``struct sk_buff`` nothing.
 """
 
 from __future__ import annotations
 
+import bisect
 import errno
-import socket
+from typing import TYPE_CHECKING
 
-from kbpf.backend import RawRun, RunOptions
-from kbpf.emulator.ethernet import received_protocol
-from kbpf.emulator.interpreter import Run
-from kbpf.emulator.maps.base import refused
+from kbpf.emulator.links import Link
 from kbpf.emulator.memory import Region
 from kbpf.emulator.packet import Packet
-from kbpf.emulator.program import Program
-from kbpf.emulator.test_run import ETH_HLEN, MOST_DATA, timed
-from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
+from kbpf.emulator.slot import error
+from kbpf.info import LinkInfo
+from kbpf.specs import NETFILTER_FAMILIES, NETFILTER_HOOKS, Netfilter
+from kbpf.uapi.constants import BPF_F_NETFILTER_IP_DEFRAG
 
-#: ``struct nf_hook_state``: the hook and the family, a byte each, then pointers that user space may not give.
-_STATE, _FIRST_POINTER = 48, 8
-_LOCAL_OUT = 3
-_PAGE = 4096
-_IPV4_HEADER = 20
-#: By family: what its frames say, and the shortest of them.
-_FRAMES = {int(socket.AF_INET): (ETH_P_IP, ETH_HLEN + 20), int(socket.AF_INET6): (ETH_P_IPV6, ETH_HLEN + 40)}
+if TYPE_CHECKING:
+    from kbpf.emulator.interpreter import Run
+    from kbpf.emulator.program import Program
+
+#: What a program says of a packet that may go on; all else drops it.
+NF_ACCEPT = 1
+#: MAX_HOOK_COUNT.
+_MOST_PROGRAMS = 1024
+#: NF_IP_PRI_FIRST and _LAST, which are the kernel's own, and _CONNTRACK_DEFRAG, where fragments are put together.
+_FIRST, _LAST, _DEFRAG = -(1 << 31), (1 << 31) - 1, -400
 
 
 class NetfilterContext:
-    """A `kbpf.emulator.interpreter.Context`."""
+    """A `kbpf.emulator.interpreter.Context`: of a hook (NF_INET_*), and a family (NFPROTO_*)."""
 
     __slots__ = ("_structures",)
 
-    def __init__(self) -> None:
-        self._structures = [Region(readable=False, writable=False) for _ in range(2)]
+    def __init__(self, hook: int, family: int) -> None:
+        state = Region(bytes((hook, family)), writable=False)
+        self._structures = state, Region(readable=False, writable=False)
 
     def show(self, run: Run) -> None:
         """The packet is the kernel's structure."""
@@ -46,30 +49,76 @@ class NetfilterContext:
         return False
 
 
-def test_run(program: Program, data: bytes, context: bytes, options: RunOptions) -> RawRun:
-    """Run as the command does; raises `OSError` with the kernel's errno, and `EmulationFault`."""
-    if options.flags or options.cpu or options.batch_size or not _IPV4_HEADER <= len(data) <= MOST_DATA:
-        raise refused(errno.EINVAL)
-    if len(context) > _PAGE or any(context[_STATE:]):
-        raise refused(errno.E2BIG)
-    if context:
-        state = context[:_STATE].ljust(_STATE, b"\0")
-        hook, family = state[:2]
-        if family not in _FRAMES or any(state[_FIRST_POINTER:]):
-            raise refused(errno.EINVAL)
-        if hook != _LOCAL_OUT:
-            _check_frame(data, family)
-    value, duration = timed(options.repeat, lambda: program.execute(Packet(buffer=b""), b"", NetfilterContext()))
-    return RawRun(value, b"", context, duration)
+class NetfilterLink(Link):
+    """A program in a hook, which stays the one that it is."""
+
+    type = "netfilter"
+
+    def __init__(self, program: Program, hook: Netfilter, hooks: Hooks) -> None:
+        super().__init__(program, "")
+        self.hook = hook
+        self.context = NetfilterContext(NETFILTER_HOOKS[hook.hook], NETFILTER_FAMILIES[hook.family])
+        #: None once it is detached, which its info does not tell.
+        self._hooks: Hooks | None = hooks
+
+    @property
+    def attached(self) -> bool:
+        return self._hooks is not None
+
+    @property
+    def info(self) -> LinkInfo:
+        hook = self.hook
+        details = {
+            "pf": NETFILTER_FAMILIES[hook.family],
+            "hooknum": NETFILTER_HOOKS[hook.hook],
+            "priority": hook.priority,
+            "flags": BPF_F_NETFILTER_IP_DEFRAG if hook.defragment else 0,
+        }
+        return LinkInfo(self.type, self.id, self.program.id, details=details)
+
+    def update(self, program: Program, old: Program | None) -> None:
+        raise error(errno.EOPNOTSUPP)
+
+    def detach(self) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.at(self.hook.family, self.hook.hook).remove(self)
 
 
-def _check_frame(data: bytes, family: int) -> None:
-    """What comes in has a link header, of a frame of that family."""
-    if len(data) < ETH_HLEN + _IPV4_HEADER:
-        raise refused(errno.EINVAL)
-    protocol = received_protocol(data)
-    if protocol not in (ETH_P_IP, ETH_P_IPV6):
-        raise refused(errno.EPROTO)
-    expected, shortest = _FRAMES[family]
-    if protocol != expected or len(data) < shortest:
-        raise refused(errno.EINVAL)
+class Hooks:
+    """The programs of one network."""
+
+    def __init__(self) -> None:
+        self._links: dict[tuple[str, str], list[NetfilterLink]] = {}
+
+    def at(self, family: str, hook: str) -> list[NetfilterLink]:
+        """Those of one hook, by rising priority."""
+        return self._links.setdefault((family, hook), [])
+
+    @property
+    def used(self) -> bool:
+        """Whether there are any."""
+        return any(self._links.values())
+
+    def attach(self, program: Program, hook: Netfilter) -> NetfilterLink:
+        """BPF_LINK_CREATE; raises `OSError` with the kernel's errno."""
+        if program.type != "netfilter":
+            raise error(errno.EINVAL)
+        if hook.priority in (_FIRST, _LAST) or (hook.defragment and hook.priority <= _DEFRAG):
+            raise error(errno.ERANGE)
+        there = self.at(hook.family, hook.hook)
+        if any(link.hook.priority == hook.priority for link in there):
+            raise error(errno.EBUSY)
+        if len(there) == _MOST_PROGRAMS:
+            raise error(errno.E2BIG)
+        made = NetfilterLink(program, hook, self)
+        bisect.insort(there, made, key=lambda link: link.hook.priority)
+        return made
+
+    def accept(self, hook: str, version: int) -> bool:
+        """Whether the programs let an IP packet go on from a hook: the first one that does not ends its way."""
+        there = self._links.get((f"ipv{version}", hook))
+        if not there:
+            return True
+        nothing = Packet(buffer=b"")
+        return all(link.program.execute(nothing, b"", link.context) == NF_ACCEPT for link in tuple(there))

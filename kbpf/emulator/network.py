@@ -290,7 +290,7 @@ class Network:
                 while self.advance(socket.interface):
                     pass
         for device in list(self._interfaces.values()):
-            while device.watched and self.advance(device):
+            while (device.watched or self.inet.netfilter.used) and self.advance(device):
                 pass
 
 

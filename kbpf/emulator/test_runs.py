@@ -11,8 +11,8 @@ from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator import (
     engines,
     flow_dissector,
-    netfilter,
     test_run,
+    test_run_netfilter,
     test_run_sk_lookup,
     test_run_tracing,
     test_run_xdp,
@@ -35,7 +35,7 @@ RUNNERS: dict[str, Runner] = {
     **dict.fromkeys(ACCESS, test_run.run),
     "xdp": test_run_xdp.run,
     "flow_dissector": flow_dissector.test_run,
-    "netfilter": netfilter.test_run,
+    "netfilter": test_run_netfilter.test_run,
     "sk_lookup": test_run_sk_lookup.test_run,
     "raw_tracepoint": test_run_tracing.raw_tracepoint,
     "syscall": test_run_tracing.syscall,

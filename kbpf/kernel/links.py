@@ -15,7 +15,8 @@ from kbpf.backend import Attached
 from kbpf.info import LinkInfo
 from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, Info, command
-from kbpf.uapi.constants import BPF_F_REPLACE
+from kbpf.specs import NETFILTER_FAMILIES, NETFILTER_HOOKS, Netfilter
+from kbpf.uapi.constants import BPF_F_NETFILTER_IP_DEFRAG, BPF_F_REPLACE
 from kbpf.uapi.enums import ATTACH_TYPES, LINK_TYPES
 from kbpf.uapi.structs import STRUCTS
 
@@ -71,6 +72,19 @@ class LinkCommands:
             attach_type=ATTACH_TYPES[attach_type],
             flags=flags,
             **{"tcx.relative_fd": relative, "tcx.expected_revision": revision},
+        )
+
+    def netfilter_link(self, program: int, hook: Netfilter) -> int:
+        return command(
+            "link_create",
+            prog_fd=program,
+            attach_type=ATTACH_TYPES["netfilter"],
+            **{
+                "netfilter.pf": NETFILTER_FAMILIES[hook.family],
+                "netfilter.hooknum": NETFILTER_HOOKS[hook.hook],
+                "netfilter.priority": hook.priority,
+                "netfilter.flags": BPF_F_NETFILTER_IP_DEFRAG if hook.defragment else 0,
+            },
         )
 
     def link_update(self, link: int, program: int, old: int | None = None) -> None:
@@ -166,6 +180,9 @@ def _details(type: str, info: Info) -> dict[str, Any]:
         # Which of the members there are, the iterator's name says.
         kept = _ITERATED.get(str(found["target_name"]), ())
         found = {name: value for name, value in found.items() if name == "target_name" or name in kept}
+    if type == "netfilter":
+        # The one member of them all that has a sign.
+        found["priority"] -= (found["priority"] >> 31) << 32
     return found
 
 

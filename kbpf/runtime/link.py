@@ -221,13 +221,18 @@ class BpfLink(Resource, Link):
         self.attached = program
 
     def detach(self) -> bool:
-        """BPF_LINK_DETACH (Linux 5.9), whoever else has the link, and close it; False if it was off already."""
+        """BPF_LINK_DETACH (Linux 5.9), whoever else has the link, and close it; False if it was off already.
+
+        Whether a netfilter link is off the kernel does not tell, so that is for others to know.
+        """
         if self.closed:
             return False
         with doing(self._backend, f"detach the {self.label}", operation="link_detach"):
             before = self._backend.link_info(self.fileno())
             self._backend.link_detach(self.fileno())
         self.close()
+        if before.type == "netfilter":
+            return True
         return any((before.ifindex, before.cgroup_id, *map(before.details.get, ("netns_ino", "map_id"))))
 
     def pin(self, path: str) -> None:

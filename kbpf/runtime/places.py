@@ -1,6 +1,6 @@
-"""Attach a program to a socket map (Linux 6.10) or a network namespace (5.7 and 5.9), by BPF links.
+"""Attach a program to a socket map (Linux 6.10), a network namespace (5.7 and 5.9) or a netfilter hook (6.4), by links.
 
-The kernel's alone. Needs CAP_NET_ADMIN, and CAP_BPF to load the program.
+All but the last are the kernel's alone. Needs CAP_NET_ADMIN, and CAP_BPF to load the program.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from kbpf.runtime.failures import doing
 from kbpf.runtime.link import BpfLink
 from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.program import Program
+from kbpf.specs import Netfilter
 
 #: The types that are attached to socket maps: their programs run on what arrives at the sockets in it, or is sent.
 TO_MAPS = ("sk_skb", "sk_msg")
@@ -37,6 +38,14 @@ def attach_to_namespace(program: Program, path: str | os.PathLike[str]) -> BpfLi
         return _link(program, namespace, program.type, f"{os.fspath(path)} ({program.type})")
     finally:
         backend.close(namespace)
+
+
+def attach_to_netfilter(program: Program, hook: Netfilter) -> BpfLink:
+    """What `Program.attach` does for a netfilter hook."""
+    backend, where = program._backend, str(hook)
+    with doing(backend, f"attach {program.label} to {where}", operation="link_create", program_type=program.type):
+        fd = backend.netfilter_link(program.fileno(), hook)
+    return BpfLink.of(program, where, fd)
 
 
 def _link(program: Program, target: int, place: str, where: str) -> BpfLink:

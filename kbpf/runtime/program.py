@@ -19,7 +19,7 @@ from kbpf.runtime.failures import doing
 from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.packets import Packets, listed_packets
 from kbpf.runtime.resource import Resource
-from kbpf.specs import ProgramSpec
+from kbpf.specs import Netfilter, ProgramSpec
 from kbpf.uapi import constants as uapi
 
 if TYPE_CHECKING:
@@ -311,6 +311,9 @@ class Program(Resource):
     def attach(self, target: BpfMap, attach_type: str | None = None) -> BpfLink: ...
 
     @overload
+    def attach(self, target: Netfilter) -> BpfLink: ...
+
+    @overload
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
 
     @overload
@@ -351,6 +354,11 @@ class Program(Resource):
         ``sk_lookup`` (5.9): to a network namespace by its file, such as ``"/proc/self/ns/net"``. Both give a `BpfLink`,
         and are the kernel's alone.
 
+        ``netfilter``: to a `Netfilter` hook (6.4) of the network namespace that the calling thread is in, or of the
+        emulated network. Gives a `BpfLink`, which has no `BpfLink.update` (EOPNOTSUPP). Raises `BpfError`: EBUSY where
+        another hook has that priority, ERANGE for the first and the last of all, and with `defragment` for those up to
+        -400, E2BIG for more than 1,024 there.
+
         Tracing types: to an event, one of `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the
         program gets from bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
 
@@ -365,7 +373,13 @@ class Program(Resource):
         from kbpf.runtime.attach import attach
         from kbpf.runtime.cgroup import TYPES, attach_to_cgroup
         from kbpf.runtime.event_link import attach_event, is_source
-        from kbpf.runtime.places import TO_MAPS, TO_NAMESPACES, attach_to_map, attach_to_namespace
+        from kbpf.runtime.places import (
+            TO_MAPS,
+            TO_NAMESPACES,
+            attach_to_map,
+            attach_to_namespace,
+            attach_to_netfilter,
+        )
 
         if self.type in TYPES:
             if drain is not None or mode is not None:
@@ -377,6 +391,8 @@ class Program(Resource):
             return attach_to_namespace(self, target)
         if (attach_type, mode, before, after) != (None, None, None, None):
             raise TypeError("attach_type, mode, before and after are of interfaces and control groups")
+        if isinstance(target, Netfilter):
+            return attach_to_netfilter(self, target)
         if is_source(target):
             return attach_event(self, target, cookie)
         return attach(target, self, drain=drain)

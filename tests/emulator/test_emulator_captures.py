@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import kbpf
 from kbpf import emulator
+from kbpf.emulator import headers
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.pcapfile import PcapWriter, open_capture
@@ -17,6 +19,7 @@ from kbpf.uapi.enums import HELPERS
 
 FRAME = b"\x02\0\0\0\0\x09\x02\0\0\0\0\x01\x08\0" + bytes.fromhex("4500001c00000000401100007f0000017f000001") + bytes(8)
 XDP_PASS, XDP_TX = 2, 3
+NF_DROP = 0
 I = Instruction  # noqa: E741
 
 
@@ -29,7 +32,7 @@ def fresh() -> Iterator[None]:
     emulator.reset()
 
 
-def counting(action: int) -> ProgramSpec:
+def counting(action: int, type: str = "xdp") -> ProgramSpec:
     """Counts frames in its map, and ends with `action`."""
     code = [
         I(ebpf.ST | ebpf.MEM | ebpf.W, ebpf.FP, 0, -4, 0),
@@ -45,7 +48,7 @@ def counting(action: int) -> ProgramSpec:
         I(ebpf.JMP | ebpf.EXIT),
     ]
     count = MapSpec(type="array", key_size=4, value_size=8, max_entries=1, name="count")
-    return ProgramSpec(type="xdp", instructions=tuple(code), maps=(count,))
+    return ProgramSpec(type=type, instructions=tuple(code), maps=(count,), expected_attach_type=type)
 
 
 def count(program: kbpf.Program) -> int:
@@ -86,6 +89,18 @@ def test_a_capture_file_is_played_for_programs_on_interfaces(tmp_path: Path) -> 
             writer.write(frame.data, timestamp_ns=frame.timestamp_ns)
     with open_capture(given) as one, open_capture(taken) as other:
         assert list(one) == list(other)
+
+
+def test_a_capture_file_is_played_for_netfilter_programs(tmp_path: Path) -> None:
+    given, own = tmp_path / "given.pcap", socket.inet_aton("192.0.2.1")
+    packet = headers.ipv4(socket.inet_aton("192.0.2.2"), own, 17, headers.UDP_SIZE) + headers.udp(9, 53, 0)
+    with PcapWriter(given) as writer:
+        writer.write(FRAME[:14] + packet, timestamp_ns=10**18)
+    emulator.add_interface("eth0", address=FRAME[:6])
+    hook = kbpf.Netfilter(family="ipv4", hook="prerouting", priority=0)
+    with kbpf.load_program(counting(NF_DROP, "netfilter"), backend="emulator") as program, program.attach(hook):
+        emulator.play("eth0", given)
+        assert count(program) == 1
 
 
 def test_the_named_capture_is_played_for_programs_on_any_interface(

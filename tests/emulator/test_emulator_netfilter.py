@@ -79,7 +79,21 @@ def test_two_pointers_are_loaded(kernel: Side, emulator: Side) -> None:
                 assert run(emulator, FRAME, program=program) == truth, (size, offset)
 
 
-def test_what_they_point_to_is_not_here(emulator: Side) -> None:
+@pytest.mark.parametrize("at", (0, 1))
+def test_the_state_has_the_hook_and_the_family(kernel: Side, emulator: Side, at: int) -> None:
+    for context in (b"", *(bytes((hook, family)) for hook in range(5) for family in (2, 10))):
+        for expected in (0, 1, 2, 3, 4, 10):
+            program = (
+                Instruction(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 1, 0),
+                Instruction(ebpf.LDX | ebpf.MEM | ebpf.B, 2, 2, at),
+                *mov(0, 0),
+                Instruction(ebpf.JMP | ebpf.JNE, 2, 0, 1, expected),
+                *ACCEPT,
+            )
+            assert run(emulator, FRAME, context, program) == run(kernel, FRAME, context, program), (context, expected)
+
+
+def test_what_the_other_points_to_is_not_here(emulator: Side) -> None:
     program = (
         Instruction(ebpf.LDX | ebpf.MEM | ebpf.DW, 2, 1, 8),
         Instruction(ebpf.LDX | ebpf.MEM | ebpf.W, 2, 2, 0),

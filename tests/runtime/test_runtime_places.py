@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,32 @@ def test_a_network_namespace_has_a_program_as_long_as_the_link(type: str) -> Non
 def test_what_the_emulator_attaches_nowhere_is_said_by_name() -> None:
     with program("sk_lookup", "sk_lookup", "emulator") as loaded, pytest.raises(kbpf.NotSupportedError, match="yet"):
         loaded.attach("/proc/self/ns/net")
+
+
+@pytest.mark.requires("kernel", "netns")
+def test_a_netfilter_hook_has_a_program_as_long_as_the_link() -> None:
+    hook = kbpf.Netfilter(family="ipv6", hook="local_in", priority=-1)
+
+    def attached(backend: str) -> tuple[str, object, str, bool, bool]:
+        with program("netfilter", "netfilter", backend) as loaded, loaded.attach(hook) as link:
+            info = link.info
+            with pytest.raises(kbpf.BpfError, match=r"attach program .* to Netfilter\(family='ipv6'") as refused:
+                loaded.attach(hook)
+            assert refused.value.errno == errno.EBUSY
+            return info.type, info.details, type(link).__name__, link.detach(), link.detach()
+
+    details = {"pf": 10, "hooknum": 1, "priority": -1, "flags": 0}
+    with NetworkNamespace() as namespace:
+        assert namespace.call(attached, "kernel") == ("netfilter", details, "BpfLink", True, False)
+    assert attached("emulator") == ("netfilter", details, "BpfLink", True, False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"family": "bridge"}, {"hook": "ingress"}, {"priority": 1 << 31}, {"priority": -(1 << 31) - 1}]
+)
+def test_what_is_no_netfilter_hook(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        kbpf.Netfilter(**{"family": "ipv4", "hook": "local_in", "priority": 0, **wrong})
 
 
 @pytest.mark.requires("kernel")
