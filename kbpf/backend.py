@@ -245,8 +245,9 @@ class Backend(Protocol):
     ) -> Callable[[Any], Any]:
         """A bound lookup for one map, as fast as the backend can; None for a missing key. Not after close().
 
-        It takes the key's bytes, or with `key_packer` the one value that it packs, where `struct.error` comes out; and
-        gives the value's bytes, or with `value_packer` the tuple that it unpacks.
+        It takes the key's bytes, or with `key_packer` the one value that it packs, where `struct.error`, `TypeError` or
+        `ValueError` comes out; and gives the value's bytes, or with `value_packer` what it unpacks: a tuple, and of one
+        field that field.
         """
         ...
 

@@ -202,6 +202,7 @@ class EmulatorBackend:
         value_packer: Struct | None = None,
     ) -> Callable[[Any], Any]:
         read = self.map_file(fd).lookup
+        single = value_packer is not None and len(value_packer.unpack(bytes(value_size))) == 1
 
         def reader(key: Any) -> Any:
             network.settle()
@@ -211,7 +212,10 @@ class EmulatorBackend:
                 if error.errno == errno.ENOENT:
                     return None
                 raise
-            return found if value_packer is None else value_packer.unpack(found)
+            if value_packer is None:
+                return found
+            fields = value_packer.unpack(found)
+            return fields[0] if single else fields
 
         return reader
 

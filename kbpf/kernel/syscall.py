@@ -186,6 +186,13 @@ def element(command: int, fd: int, key: bytes | None, value: bytes | int | None 
     return b""
 
 
+def _native(packer: struct.Struct) -> Any:
+    """The letter under which a memoryview has the same numbers as a format of `struct`; None where it has none."""
+    order, letter = packer.format[:-1], packer.format[-1:]
+    same = order in ("", "@", "=") and letter in "bBhHiIqQfd" and struct.calcsize(letter) == packer.size
+    return letter if same else None
+
+
 def element_reader(
     fd: int,
     key_size: int,
@@ -195,26 +202,32 @@ def element_reader(
 ) -> Callable[[Any], Any]:
     """BPF_MAP_LOOKUP_ELEM on one map, bound: one Python frame over the system call.
 
-    Takes the key's bytes, or with `key_packer` the one value that it packs (`struct.error` where it does not), and
-    gives the value's, or with `value_packer` the tuple that it unpacks. None for ENOENT, other errnos raise; a key of
-    another length than `key_size` is a `ValueError`. Any number of threads may call it, and signal handlers too: each
-    call takes its buffers off a list, or makes new ones.
+    Takes and gives what `kbpf.backend.Backend.map_reader` says. None for ENOENT, other errnos raise; a key of another
+    length than `key_size` is a `ValueError`. Any number of threads may call it, and signal handlers too: each call
+    takes its buffers off a list, or makes new ones.
     """
     key_array, value_array, attr_array = (ctypes.c_char * size for size in (key_size, value_size, _ELEMENT.size))
     if (key_packer and key_packer.size != key_size) or (value_packer and value_packer.size != value_size):
         raise ValueError("a packer of another size than the map has")
 
-    whole = value_packer is None
     # Packing bytes as one field is as fast as any other way to copy them.
-    pack_into = (key_packer or struct.Struct(f"{key_size}s")).pack_into
-    unpack_from = (value_packer or struct.Struct(f"{value_size}s")).unpack_from
+    key_form, value_form = key_packer or struct.Struct(f"{key_size}s"), value_packer or struct.Struct(f"{value_size}s")
+    pack_into, unpack_from = key_form.pack_into, value_form.unpack_from
+    single = len(value_form.unpack(bytes(value_size))) == 1
+    # Numbers of the machine are written and read as such, in half the time.
+    key_letter, value_letter = _native(key_form), _native(value_form)
 
     def slot() -> tuple[Any, Any, Any, Any]:
         key, value = key_array(), value_array()
         # Queues and stacks have no key, and refuse an address of one.
         key_at = ctypes.addressof(key) if key_size else 0
         attr = attr_array.from_buffer_copy(_ELEMENT.pack(fd, key_at, ctypes.addressof(value), 0))
-        return key, value, ctypes.c_void_p(ctypes.addressof(attr)), attr
+        return (
+            memoryview(key).cast("B").cast(key_letter) if key_letter else key,
+            memoryview(value).cast("B").cast(value_letter) if value_letter else value,
+            ctypes.c_void_p(ctypes.addressof(attr)),
+            attr,
+        )
 
     free = [slot()]
     take, give, get_errno, missing = free.pop, free.append, ctypes.get_errno, errno.ENOENT
@@ -232,7 +245,10 @@ def element_reader(
         except IndexError:
             buffers = slot()
         key, value, attr, _ = buffers
-        pack_into(key, 0, wanted)
+        if key_letter:
+            key[0] = wanted
+        else:
+            pack_into(key, 0, wanted)
         found = None
         while call(number, command, attr, size):
             failed = get_errno()
@@ -241,7 +257,7 @@ def element_reader(
             if failed != errno.EINTR:
                 raise failure(failed)
         else:
-            found = unpack_from(value)[0] if whole else unpack_from(value)
+            found = value[0] if value_letter else unpack_from(value)[0] if single else unpack_from(value)
         give(buffers)
         return found
 

@@ -59,6 +59,22 @@ def test_many_are_deleted_as_far_as_they_are_there(commands):
         assert (len(map), bool(map)) == (0, True)
 
 
+def test_keys_that_are_missing_cost_no_copies_of_those_behind_them(backend, monkeypatch):
+    asked = []
+    whole = type(get_backend(backend)).map_delete_batch
+
+    def seen(self, fd, keys, count, *more):
+        asked.append(count)
+        return whole(self, fd, keys, count, *more)
+
+    monkeypatch.setattr(type(get_backend(backend)), "map_delete_batch", seen)
+    with of(backend, max_entries=400) as map:
+        map.update_many({number: number for number in range(200, 400)})
+        assert map.delete_many(range(400)) == 200
+        assert len(map) == 0
+    assert sum(asked) < 3 * 400 and len(asked) < 220
+
+
 def test_a_full_map_keeps_what_came_before_the_refusal(commands):
     with of(commands, max_entries=4) as map:
         with pytest.raises(kbpf.MapFullError, match="it holds 4 entries"):

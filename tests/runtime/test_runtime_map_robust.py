@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import multiprocessing
@@ -252,6 +253,71 @@ def test_mapped_memory_is_shared_with_a_fork():
         process.start()
         process.join()
         assert (process.exitcode, view[2], map[2]) == (0, 7, 7)
+
+
+class Closing:
+    """A number that closes a map while it is being packed, as another thread may; others are made meanwhile."""
+
+    def __init__(self, map: kbpf.Map, others: contextlib.ExitStack) -> None:
+        self.map, self.others = map, others
+
+    def __index__(self) -> int:
+        self.map.close()
+        # Of values that the buffers of the first have no room for.
+        other = self.others.enter_context(of(self.map.backend, value="9999s"))
+        other[1] = bytes(9999)
+        return 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda map, one: map[one],
+        lambda map, one: map.__setitem__(one, 5),
+        lambda map, one: map.__setitem__(1, one),
+        lambda map, one: map.__delitem__(one),
+        lambda map, one: map.with_types(value="q")[one],
+    ],
+)
+def test_closing_waits_for_what_another_is_just_doing(backend, use):
+    """Else the number would be another map's by then, whose values are longer than the room for them."""
+    map = of(backend)
+    map[1] = 7
+    with kbpf.Map.open(fd=map.fileno(), backend=backend, key="I", value="Q") as same, contextlib.ExitStack() as others:
+        descriptor = map.fileno()
+        assert use(map, Closing(map, others)) in (7, None)
+        assert map.closed
+        assert same.get(1) in (7, 5, 1, None)
+        with pytest.raises(kbpf.BpfError):
+            map[1]
+        # And then the number is free.
+        with pytest.raises(kbpf.BpfError) as refused:
+            kbpf.BpfMap.open(fd=descriptor, backend=backend).close()
+        assert refused.value.errno == errno.EBADF
+
+
+@KERNEL
+def test_a_map_is_closed_while_threads_read_it():
+    """With numbers that become those of maps with longer values, this ended the interpreter."""
+    for _ in range(20):
+        map = of("kernel", max_entries=64)
+        map.update_many(dict.fromkeys(range(64), 1))
+        seen: set[int | None] = set()
+
+        def read(map: kbpf.Map = map, seen: set[int | None] = seen) -> None:
+            with contextlib.suppress(kbpf.BpfError):
+                while True:
+                    seen.update((map[1], map.snapshot().get(2), map.pop(3, 1)))
+
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        map.close()
+        with of("kernel", value="9999s") as other:
+            other.update(dict.fromkeys(range(4), b"A" * 9999))
+            for thread in threads:
+                thread.join()
+        assert seen <= {1}
 
 
 @KERNEL

@@ -11,6 +11,7 @@ import pytest
 
 import kbpf
 from kbpf.types import Int
+from kbpf.uapi.constants import BPF_F_WRONLY
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ def test_a_number_is_looked_up_by_its_bytes_too(backend):
         for wrong in (-1, 1 << 32, "5", None):
             with pytest.raises(ValueError, match="does not fit"):
                 map[wrong]
+    with of(backend, Int(name="u32", size=4), "=Q", flags=BPF_F_WRONLY) as map:
+        for key in (5, b"\5\0\0\0"):
+            with pytest.raises(kbpf.PermissionDeniedError, match="may not be read"):
+                map[key]
 
 
 def test_ctypes_and_dataclasses_go_in_and_come_out(backend):

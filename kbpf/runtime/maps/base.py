@@ -15,7 +15,7 @@ from kbpf.info import MapInfo
 from kbpf.runtime.backends import select
 from kbpf.runtime.codecs import Codec, codec, per_cpu_codec
 from kbpf.runtime.failures import doing, translate
-from kbpf.runtime.resource import Resource
+from kbpf.runtime.resource import Descriptor, Resource
 from kbpf.specs import MapSpec
 from kbpf.types import Type
 from kbpf.uapi.constants import BPF_ANY
@@ -210,7 +210,7 @@ class BpfMap(Resource):
         """
         owner = self._owner or self
         seen = type(self)(self._backend, self.fileno(), self.shape, self.key_type, self.value_type)
-        seen._owner = owner
+        seen._owner, seen._descriptor = owner, self._descriptor
         owner._views.add(seen)
         seen._set_types(key, value)
         return seen
@@ -238,7 +238,7 @@ class BpfMap(Resource):
         for seen in list(self._views):
             seen.close()
         if self._owner is not None:
-            self._fd = None
+            self._descriptor = Descriptor(self._backend, None, self.label)
         super().close()
 
     def __del__(self) -> None:
@@ -343,8 +343,8 @@ class BpfMap(Resource):
 
     def _hints(self, number: int, operation: str) -> tuple[str, ...]:
         """What is known of the reason for an errno besides what it says."""
-        if number == errno.EBADF and self._fd is not None:
-            return (f"descriptor {self._fd} was closed by something else than the map's close()",)
+        if number == errno.EBADF and not self.closed:
+            return (f"descriptor {self.fileno()} was closed by something else than the map's close()",)
         return ()
 
 

@@ -19,14 +19,16 @@ class Queue(BpfMap):
         """
         try:
             flags = BPF_EXIST if overwrite else BPF_ANY
-            self._backend.map_update(self.fileno(), None, self.value_codec.encode(value), flags)
+            with self._descriptor as fd:
+                self._backend.map_update(fd, None, self.value_codec.encode(value), flags)
         except OSError as error:
             raise self._failure(error, "push onto", "map_update_elem") from None
 
     def pop(self) -> Any:
         """Take the next value. Raises `IndexError` when there is none."""
         try:
-            value = self._backend.map_lookup_and_delete(self.fileno(), None, self.value_codec.size)
+            with self._descriptor as fd:
+                value = self._backend.map_lookup_and_delete(fd, None, self.value_codec.size)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise IndexError(f"{self.label} is empty") from None
@@ -36,7 +38,8 @@ class Queue(BpfMap):
     def peek(self) -> Any:
         """The value that `pop` would take, which stays. Raises `IndexError` when there is none."""
         try:
-            value = self._backend.map_lookup(self.fileno(), None, self.value_codec.size)
+            with self._descriptor as fd:
+                value = self._backend.map_lookup(fd, None, self.value_codec.size)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise IndexError(f"{self.label} is empty") from None
@@ -58,13 +61,15 @@ class BloomFilter(BpfMap):
     def add(self, value: Any) -> None:
         """Put a value in."""
         try:
-            self._backend.map_update(self.fileno(), None, self.value_codec.encode(value), BPF_ANY)
+            with self._descriptor as fd:
+                self._backend.map_update(fd, None, self.value_codec.encode(value), BPF_ANY)
         except OSError as error:
             raise self._failure(error, "add to", "map_update_elem") from None
 
     def __contains__(self, value: object) -> bool:
         try:
-            return self._backend.map_contains(self.fileno(), self.value_codec.encode(value))
+            with self._descriptor as fd:
+                return self._backend.map_contains(fd, self.value_codec.encode(value))
         except OSError as error:
             raise self._failure(error, "look up a value in", "map_lookup_elem") from None
 
