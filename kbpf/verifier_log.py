@@ -52,6 +52,9 @@ _INSTRUCTION = re.compile(r"(\d+): (\([0-9a-f]{2}\) .*)")
 _STATE = re.compile(r"(?:(?:from \d+ to )?\d+:|) *((?:frame\d+: ?)?(?:R\d+|fp-\d+)(?:_[a-zA-Z]+)?=.*)")
 # A conditional jump's line goes on with the state of where it leads.
 _JOINED = re.compile(r" \d+: ((?:frame\d+: ?)?R\d+(?:_[a-zA-Z]+)?=.*)")
+# Or with what is wrong of that place, followed by the two states that are the same.
+_LOOP = re.compile(r" (infinite loop detected at insn \d+)$")
+_LOOP_STATE = re.compile(r"cur state: *(.*)")
 _SOURCE = re.compile(r"; (.*?)(?: @ ([^ ]+):(\d+))?$")
 _PLACE = re.compile(r"\binsn (\d+)")
 _REGISTER = re.compile(r"(R\d+|fp-\d+)(?:_[a-zA-Z]+)?=")
@@ -59,7 +62,7 @@ _REGISTER = re.compile(r"(R\d+|fp-\d+)(?:_[a-zA-Z]+)?=")
 _NOISE = re.compile(
     r"processed \d+ insns|verification time|stack depth|mark_precise:|propagating |func#\d+ @|Live regs before insn"
     r"|from \d+ to \d+: safe|\d+: safe|caller:|callee:|returning from callee:|to caller at \d+:|last_idx |parent |regs="
-    r"|max_states_per_insn | +\d+: [0-9.]{10} \("
+    r"|max_states_per_insn | +\d+: [0-9.]{10} \(|old state:"
 )
 # These are found when all paths have been followed, and are of no one instruction unless that is a call.
 _OF_THE_WHOLE = ("combined stack size", "the call stack of ")
@@ -97,8 +100,10 @@ def _read_steps(log: str, ended: bool) -> LogReport:
                     registers.pop(name, None)
             instruction, source, said = LogInstruction(int(step[1]), step[2].strip()), last_source, []
             text = instruction.text
-            joined = _JOINED.search(text)
-            if joined:
+            joined, loop = _JOINED.search(text), _LOOP.search(text)
+            if loop:
+                said, text = [loop[1]], text[: loop.start()]
+            elif joined:
                 registers = _known(joined[1], registers)
                 text = text[: joined.start()]
             elif " ; " in text:
@@ -106,10 +111,12 @@ def _read_steps(log: str, ended: bool) -> LogReport:
                 # What comes in is known before the instruction is; only what it changes is new.
                 registers |= dict(_states(changed))
             instruction = instruction._replace(text=text.rstrip())
-            # A helper that was called leaves nothing in the registers that it took.
-            calling = text.startswith("(85) call")
+            # A helper that was called leaves nothing in the registers that it took; a callback has its own.
+            calling = text.startswith("(85) call") and not joined
         elif state:
             registers, said, calling = _known(state[1], registers), [], False
+        elif alike := _LOOP_STATE.match(line):
+            registers = _known(alike[1], registers)
         elif note:
             last_source = SourceLine(note[1].strip(), note[2] or "", int(note[3] or 0))
         elif line.strip() and not _NOISE.match(line):

@@ -37,6 +37,21 @@ SOURCE = """\
 R0 invalid mem access 'map_value_or_null'
 processed 7 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0
 """
+LOOP = """\
+5: (07) r2 += 1                       ; R2=scalar(smin=umin=1,smax=umax=0x100000000,var_off=(0x0; 0x1ffffffff))
+8: (5d) if r2 != r1 goto pc-5 infinite loop detected at insn 4
+cur state: R1=0xffffffff R2=scalar(smax=umax=0xfffffffe) R10=fp0 fp-8=mmmm????
+old state: R1=0xffffffff R2=scalar(smax=umax=0xffffffff) R10=fp0 fp-8=mmmm????
+processed 18 insns (limit 1000000) max_states_per_insn 0 total_states 1 peak_states 1 mark_read 0
+"""
+CALLBACK = """\
+11: (b7) r4 = 0                       ; R4=0
+12: (85) call bpf_loop#181 15: frame1: R1=scalar() R2=fp[0]-16 R10=fp0 cb
+; static long cb(__u64 i, void *c){ __u64 *p=c; return p[100]; } @ callback.bpf.c:2
+15: (79) r0 = *(u64 *)(r2 +800)
+invalid read from stack R2 off=784 size=8
+processed 14 insns (limit 1000000) max_states_per_insn 0 total_states 1 peak_states 1 mark_read 0
+"""
 LEVEL_2 = """\
 func#0 @0
 Live regs before insn:
@@ -125,6 +140,17 @@ def test_a_helper_leaves_nothing_in_the_registers_that_it_took() -> None:
         "R10": "fp0",
         "fp-8": "mmmm????",
     }
+
+
+def test_a_callback_has_what_it_is_called_with() -> None:
+    assert read_log(CALLBACK).registers == {"R1": "scalar()", "R2": "fp[0]-16", "R10": "fp0"}
+
+
+def test_a_loop_is_the_reason_and_not_the_states_that_are_alike() -> None:
+    report = read_log(LOOP)
+    assert report.reason == "infinite loop detected at insn 4"
+    assert report.instruction is not None and report.instruction.pc == 4
+    assert report.registers["R2"] == "scalar(smax=umax=0xfffffffe)"
 
 
 def test_log_level_2() -> None:
