@@ -154,11 +154,15 @@ class Answer(NamedTuple):
 
 
 class LoadRefused(OSError):
-    """BPF_PROG_LOAD failed: the errno, and the verifier's log as far as there is one."""
+    """BPF_PROG_LOAD failed: the errno, and the verifier's log as far as there is one.
 
-    def __init__(self, errno: int, log: str) -> None:
+    `hints` say what the log does not: that the verifier refuses it only to processes without a capability.
+    """
+
+    def __init__(self, errno: int, log: str, hints: tuple[str, ...] = ()) -> None:
         super().__init__(errno, log)
         self.log = log
+        self.hints = hints
 
 
 class EventWaiter(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno as errnos
 import os
+import re
 import resource
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from kbpf.kernel.sockets import socket_option
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
 
+_EMULATE = "set KBPF_BACKEND=emulator"
 _LET_THROUGH = "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator"
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _CGROUP_PROGRAMS = frozenset(
@@ -43,11 +45,17 @@ _ADMIN_COMMANDS = frozenset(
         "btf_get_fd_by_id",
         "link_get_fd_by_id",
         "enable_stats",
+        "task_fd_query",
     ]
 )
 
 # Commands that make something. With nothing said they fail for that, when nobody refuses them before.
 _MAKING = ("map_create", "prog_load", "btf_load")
+# What the verifier lets only those with CAP_PERFMON do: have addresses seen, or guessed by speculation.
+_LEAKS = re.compile(r"leaks? addr|pointer comparison prohibited|prohibited for !root|corrupt spilled pointer")
+_NOT_FOR_THE_TYPE = re.compile(r"cannot use helper (?:bpf_)?(\w+)#|unknown func (?:bpf_)?(\w+)#")
+# Those that lockdown may refuse.
+_TRACING = ("prog_load", "link_create", "raw_tracepoint_open", "iter_create", "perf_event_open")
 _ATTACHING = ("link_create", "prog_attach", "prog_detach", "link_update", "link_detach")
 
 
@@ -65,6 +73,8 @@ def explain_denied(
     `operation` is a bpf(2) command (``prog_load``), a socket option (``SO_ATTACH_FILTER``) or
     ``socket(AF_PACKET)``. With `socket` the reason for a refused option is read from it, not inferred.
     """
+    if errno == errnos.ENOSYS:
+        return _blocked(errno) if operation in COMMANDS and probes.bpf_answers() == errno else ()
     if operation == "socket(AF_PACKET)":
         return _capability_in_namespace("CAP_NET_RAW", "opening a packet socket")
     if operation.startswith("SO_"):
@@ -82,7 +92,23 @@ def explain_denied(
         return _blocked(blocked)
     if operation in ("obj_get", "obj_pin"):
         return _pin(operation, errno, path)
-    return refused_by_object(operation, errno) or _capabilities(operation, program_type, map_type)
+    by_object = refused_by_object(operation, errno)
+    if by_object and probes.bpf_answers(operation):
+        return _refused_to_all(operation, probes.privileges())
+    return by_object or _capabilities(operation, program_type, map_type)
+
+
+def withheld(log: str) -> tuple[str, ...]:
+    """What a verifier's log does not say: that it refuses only for want of a capability, and which."""
+    helper = _NOT_FOR_THE_TYPE.search(log)
+    if not _LEAKS.search(log) and not (helper and (helper[1] or helper[2]) in probes.PERFMON_HELPERS):
+        return ()
+    if not probes.privileges().lacks(("CAP_PERFMON",)):
+        return ()
+    return (
+        "the process lacks CAP_PERFMON, for want of which the verifier refuses",
+        "run as root, or grant CAP_PERFMON",
+    )
 
 
 def _perf_event() -> tuple[str, ...]:
@@ -129,8 +155,7 @@ def _otherwise(operation: str, program_type: str, process: probes.Privileges) ->
     """Why it is refused to a process that has the capabilities."""
     if operation in _MAKING:
         if probes.bpf_answers(operation):
-            who = "a seccomp filter" if process.seccomp else "a security module"
-            return (f"{who} refuses {operation} to this process", _LET_THROUGH)
+            return _refused_to_all(operation, process)
         if operation != "btf_load" and probes.charges_memlock():
             soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             if soft != resource.RLIM_INFINITY:
@@ -143,7 +168,15 @@ def _otherwise(operation: str, program_type: str, process: probes.Privileges) ->
             "a program in this control group or in one above it was attached to let no others in beside it",
             "detach it, or attach it with BPF_F_ALLOW_MULTI",
         )
-    return _security_module(process)
+    if operation in _TRACING or operation in _MAKING:
+        return _security_module(process)
+    return _refused_to_all(operation, process)
+
+
+def _refused_to_all(operation: str, process: probes.Privileges) -> tuple[str, ...]:
+    """Neither capabilities nor lockdown decide over the command."""
+    who = "a seccomp filter" if process.seccomp else "a security module"
+    return (f"{who} refuses {operation} to this process", _LET_THROUGH)
 
 
 def _security_module(process: probes.Privileges) -> tuple[str, ...]:
@@ -163,14 +196,20 @@ def _security_module(process: probes.Privileges) -> tuple[str, ...]:
 
 
 def _blocked(number: int) -> tuple[str, ...]:
+    process = probes.privileges()
     if number == errnos.ENOSYS:
-        return ("this kernel has no bpf(2), or seccomp hides it", "set KBPF_BACKEND=emulator")
-    mode = probes.privileges().seccomp
-    who = "a seccomp filter" if mode else "a security module"
+        # Only kernels with bpf(2) have the sysctl.
+        if process.seccomp and process.unprivileged_bpf_disabled is not None:
+            return ("a seccomp filter hides bpf(2) from this process: the kernel has it", _LET_THROUGH)
+        return ("this kernel has no bpf(2)" + (", or seccomp hides it" if process.seccomp else ""), _EMULATE)
+    who = "a seccomp filter" if process.seccomp else "a security module"
     return (f"{who} refuses every bpf(2) of this process", _LET_THROUGH)
 
 
 def _pin(operation: str, errno: int, path: str) -> tuple[str, ...]:
+    if operation == "obj_get" and errno == errnos.EPERM:
+        # A mode that lets nobody in is EACCES.
+        return _refused_to_all(operation, probes.privileges())
     if operation == "obj_get" or errno == errnos.EACCES:
         try:
             found = Path(path).stat()

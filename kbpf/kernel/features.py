@@ -199,6 +199,7 @@ _LOCKED_DOWN = {
         ("probe_read", "probe_read_str", "probe_read_kernel", "probe_read_kernel_str"), ("confidentiality",)
     ),
 }
+_TRACING = ("kprobe", "tracepoint", "perf_event", "raw_tracepoint", "raw_tracepoint_writable")
 # BTF with one type, an int; its id is 1.
 _INT = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + struct.pack("=IIII", 1, 1 << 24, 4, 32) + b"\0int\0"
 
@@ -229,7 +230,8 @@ def _failed(error: OSError, operation: str, *, program_type: str = "", map_type:
     """What an errno says, where it does not say more than in general."""
     number = error.errno or 0
     if number in (errno.EPERM, errno.EACCES, errno.ENOSYS):
-        reasons = explain_denied(operation, errno.EPERM, program_type=program_type, map_type=map_type)
+        asked = errno.ENOSYS if number == errno.ENOSYS else errno.EPERM
+        reasons = explain_denied(operation, asked, program_type=program_type, map_type=map_type)
         if number == errno.ENOSYS and not probes.privileges().seccomp:
             return Answer("no", "this kernel has no bpf(2)")
         return Answer("not permitted", reasons[0] if reasons else errno_name(number))
@@ -339,7 +341,7 @@ def _helper(program_type: str, name: str) -> Answer:
     if "invalid func " in log:
         return Answer("no", "the kernel does not know the helper")
     if "cannot use helper" in log or "unknown func " in log:
-        return _withheld(name)
+        return _withheld(program_type, name)
     # The verifier knows it, and misses its arguments.
     if f"call bpf_{name}#{number}" in log or f"call {name}#{number}" in log:
         return Answer("yes")
@@ -347,14 +349,23 @@ def _helper(program_type: str, name: str) -> Answer:
     return there if there.answer != "yes" else Answer("inconclusive", errno_name(error.errno or 0))
 
 
-def _withheld(name: str) -> Answer:
+def _withheld(program_type: str, name: str) -> Answer:
     """A helper that this type does not have, or not for this process: the verifier says the same of both."""
     process = probes.privileges()
-    lacking = process.lacks(("CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"))
+    # Without CAP_BPF programs have a few helpers alone.
+    needed = ["CAP_BPF"]
+    if name in probes.PERFMON_HELPERS:
+        needed.append("CAP_PERFMON")
+    locking = _LOCKED_DOWN.get(name, ()) if program_type in _TRACING else ()
+    if name == "probe_write_user" and locking:
+        needed.append("CAP_SYS_ADMIN")
+    lacking = process.lacks(tuple(needed))
     if lacking:
         return Answer("not permitted", f"programs of this type do not have it for processes without {lacking[0]}")
-    if process.lockdown in _LOCKED_DOWN.get(name, ()):
+    if process.lockdown in locking:
         return Answer("not permitted", f"the kernel is locked down ({process.lockdown})")
+    if locking and process.lockdown is None:
+        return Answer("inconclusive", "the kernel may be locked down, which cannot be read until securityfs is mounted")
     return Answer("no", "programs of this type do not have it")
 
 

@@ -17,6 +17,7 @@ from kbpf.kernel.attrs import read_text as read_text
 from kbpf.kernel.tokens import command_with_token, delegates_program, in_initial_user_namespace
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import MAP_TYPES
+from kbpf.uapi.structs import ATTRS
 
 #: The capabilities that decide over BPF, by name.
 CAPABILITIES = {
@@ -81,6 +82,43 @@ _OPEN_MAPS = frozenset(
     ]
 )
 _NET_ADMIN_MAPS = frozenset(["sockmap", "sockhash", "devmap", "devmap_hash", "xskmap"])
+
+
+#: Helpers that programs have only where they are loaded with CAP_PERFMON, if their type has them at all
+#: (bpf_base_func_proto in kernel/bpf/helpers.c, bpf_sk_base_func_proto in net/core/filter.c; measured on Linux 6.18).
+PERFMON_HELPERS = frozenset(
+    [
+        "copy_from_user",
+        "copy_from_user_task",
+        "find_vma",
+        "get_branch_snapshot",
+        "get_current_comm",
+        "get_current_task",
+        "get_current_task_btf",
+        "get_task_stack",
+        "perf_event_read",
+        "perf_event_read_value",
+        "probe_read_kernel",
+        "probe_read_kernel_str",
+        "probe_read_user",
+        "probe_read_user_str",
+        "send_signal",
+        "send_signal_thread",
+        "skc_to_mptcp_sock",
+        "skc_to_tcp6_sock",
+        "skc_to_tcp_request_sock",
+        "skc_to_tcp_sock",
+        "skc_to_tcp_timewait_sock",
+        "skc_to_udp6_sock",
+        "skc_to_unix_sock",
+        "snprintf",
+        "snprintf_btf",
+        "sys_bpf",
+        "task_pt_regs",
+        "trace_printk",
+        "trace_vprintk",
+    ]
+)
 
 
 class Privileges(NamedTuple):
@@ -171,17 +209,15 @@ def open_to_all(*, program_type: str = "", map_type: str = "") -> bool:
 def bpf_answers(operation: str = "map_lookup_elem") -> int:
     """0 if bpf(2) is there and let through to the kernel, else the errno that it meets: ENOSYS, or what seccomp says.
 
-    Asked with a look-up on a descriptor that cannot be, or with a command that makes something and is not told what:
+    Asked with a command on a map's descriptor that cannot be, or with one that makes something and is not told what:
     EBADF, or of the others anything that is not a refusal, is the answer of a kernel that is asked.
     """
+    on_map = "map_fd" in ATTRS[operation].fields
     try:
-        if operation == "map_lookup_elem":
-            command(operation, map_fd=-1)
-        else:
-            command(operation)
+        command(operation, **({"map_fd": -1} if on_map else {}))
     except OSError as error:
         number = error.errno or 0
-        if operation == "map_lookup_elem":
+        if on_map:
             return 0 if number == errno.EBADF else number
         return number if number in (errno.EPERM, errno.EACCES, errno.ENOSYS) else 0
     return 0

@@ -14,6 +14,7 @@ from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import kallsyms, syscall
 from kbpf.kernel.attrs import Attr, Info, command, fdinfo
 from kbpf.kernel.btf import kernel_type, loaded_btf
+from kbpf.kernel.denied import withheld
 from kbpf.kernel.tokens import command_with_token
 from kbpf.specs import ProgramSpec
 from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES, BPF_STATS_RUN_TIME
@@ -239,5 +240,6 @@ def _load(values: dict[str, int | bytes], log_level: int) -> int:
             return command_with_token("prog_load", **logged, **values)
         except OSError as error:
             if error.errno != errno.ENOSPC or room == _LOG_MOST:
-                raise LoadRefused(refused, log.read().split(b"\0")[0].decode(errors="replace")) from None
+                text = log.read().split(b"\0")[0].decode(errors="replace")
+                raise LoadRefused(refused, text, withheld(text)) from None
         room *= 4

@@ -69,7 +69,7 @@ def translate(
     """The exception for an errno; see `doing`."""
     number = error.errno or 0
     log = error.log if isinstance(error, LoadRefused) else ""
-    if number in (errno.EPERM, errno.EACCES) and not log:
+    if number in (errno.EPERM, errno.EACCES, errno.ENOSYS) and not log:
         reasons = backend.explain_denied(
             operation,
             number,
@@ -78,9 +78,10 @@ def translate(
             socket=socket,
             path=os.fsdecode(error.filename or ""),
         )
-        return PermissionDeniedError(number, what, (*reasons, *hints))
+        kind = NotSupportedError if number == errno.ENOSYS else PermissionDeniedError
+        return kind(number, what, (*reasons, *hints))
     if isinstance(error, LoadRefused):
-        return VerifierError(number, what, log, hints)
+        return VerifierError(number, what, log, (*error.hints, *hints))
     # A backend that knows more than the errno says it in words of its own.
     if error.strerror and error.strerror not in (errno_text(number), os.strerror(number)):
         hints = (error.strerror, *hints)

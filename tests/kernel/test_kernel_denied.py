@@ -157,63 +157,121 @@ def test_buffers_for_perf_events_take_a_capability(nobody: Runner) -> None:
     assert nobody(script, capabilities="+bpf,+perfmon").stdout == "ok\n"
 
 
-@pytest.mark.requires("kernel")
-def test_a_seccomp_filter_is_named(readable_kbpf: Path) -> None:
-    script = (
-        PRELUDE
-        + """
+SECCOMP = """
 import ctypes, struct
-from kbpf.kernel import syscall
 from kbpf.kernel.syscall import Buffer, _SYS_BPF
+from kbpf.uapi.enums import COMMANDS
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-refuse, allow = 0x00050000 | errno.EPERM, 0x7FFF0000
-program = Buffer(cbpf.encode([
-    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 0), cbpf.jump(cbpf.JMP | cbpf.JEQ, _SYS_BPF, 0, 1),
-    cbpf.stmt(cbpf.RET, refuse), cbpf.stmt(cbpf.RET, allow),
-]))
-fprog = Buffer(struct.pack("@HP", 4, program.address))
-libc = ctypes.CDLL(None)
-assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(fprog.address)) == 0
+def refuse(number, command=None):
+    # The number of the system call is at 0, its first argument at 16.
+    refuse, allow = 0x00050000 | number, 0x7FFF0000
+    one = [] if command is None else [
+        cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 16), cbpf.jump(cbpf.JMP | cbpf.JEQ, COMMANDS[command], 0, 1),
+    ]
+    program = Buffer(cbpf.encode([
+        cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 0), cbpf.jump(cbpf.JMP | cbpf.JEQ, _SYS_BPF, 0, 1 + len(one)),
+        *one, cbpf.stmt(cbpf.RET, refuse), cbpf.stmt(cbpf.RET, allow),
+    ]))
+    fprog = Buffer(struct.pack("@HP", 4 + len(one), program.address))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(fprog.address)) == 0
+"""
+
+
+@pytest.fixture
+def filtered(readable_kbpf: Path) -> Callable[..., list[str]]:
+    """Run a script that may put itself below a seccomp filter; its lines."""
+
+    def run(script: str, *arguments: str) -> list[str]:
+        command = [sys.executable, "-c", PRELUDE + SECCOMP + script, *arguments]
+        done = subprocess.run(command, cwd=readable_kbpf, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.requires("kernel")
+def test_a_seccomp_filter_is_named(filtered: Callable[..., list[str]]) -> None:
+    script = """
+refuse(errno.EPERM)
 print(probes.may_use_bpf(), probes.privileges().seccomp, probes.privileges().no_new_privs)
 print(kernel.explain_denied("map_create", errno.EPERM, map_type="hash")[0])
 """
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=readable_kbpf, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.stdout.splitlines() == ["False 2 True", "a seccomp filter refuses every bpf(2) of this process"], (
-        done.stderr
-    )
+    assert filtered(script) == ["False 2 True", "a seccomp filter refuses every bpf(2) of this process"]
 
 
 @pytest.mark.requires("kernel")
 @pytest.mark.parametrize(("refused", "allowed"), [("map_create", "prog_load"), ("prog_load", "map_create")])
-def test_a_seccomp_filter_for_one_command_is_named(readable_kbpf: Path, refused: str, allowed: str) -> None:
-    script = (
-        PRELUDE
-        + """
-import ctypes, struct
-from kbpf.kernel.syscall import Buffer, _SYS_BPF
-from kbpf.uapi.enums import COMMANDS
+def test_a_seccomp_filter_for_one_command_is_named(
+    filtered: Callable[..., list[str]], refused: str, allowed: str
+) -> None:
+    script = """
 refused, allowed = sys.argv[1:]
-refuse, allow = 0x00050000 | errno.EPERM, 0x7FFF0000
-program = Buffer(cbpf.encode([
-    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 0), cbpf.jump(cbpf.JMP | cbpf.JEQ, _SYS_BPF, 0, 3),
-    cbpf.stmt(cbpf.LD | cbpf.W | cbpf.ABS, 16), cbpf.jump(cbpf.JMP | cbpf.JEQ, COMMANDS[refused], 0, 1),
-    cbpf.stmt(cbpf.RET, refuse), cbpf.stmt(cbpf.RET, allow),
-]))
-fprog = Buffer(struct.pack("@HP", 6, program.address))
-libc = ctypes.CDLL(None)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.c_void_p(fprog.address)) == 0
+refuse(errno.EPERM, refused)
 for command in (refused, allowed): print(kernel.explain_denied(command, errno.EPERM)[0])
 """
-    )
-    command = [sys.executable, "-c", script, refused, allowed]
-    done = subprocess.run(command, cwd=readable_kbpf, capture_output=True, text=True, timeout=30, check=False)
-    first, second = done.stdout.splitlines() or ["", done.stderr]
+    first, second = filtered(script, refused, allowed)
     assert first == f"a seccomp filter refuses {refused} to this process"
     assert "seccomp" not in second
+
+
+@pytest.mark.requires("kernel")
+@pytest.mark.parametrize("refused", ["prog_get_next_id", "obj_get_info_by_fd", "obj_get", "map_freeze"])
+def test_a_seccomp_filter_is_not_taken_for_lockdown_or_a_pins_mode(
+    filtered: Callable[..., list[str]], bpffs: Path, refused: str
+) -> None:
+    script = """
+import kbpf
+refused, pin = sys.argv[1:]
+spec = MapSpec(type="hash", key_size=4, value_size=4, max_entries=1)
+with kbpf.Map.create(spec, "kernel") as map:
+    map.pin(pin)
+    actions = {
+        "prog_get_next_id": lambda: list(kbpf.programs("kernel")),
+        "obj_get_info_by_fd": lambda: map.info,
+        "obj_get": lambda: kbpf.Map.open(path=pin, backend="kernel"),
+    }
+    refuse(errno.EPERM, refused)
+    try: actions.get(refused, map.freeze)()
+    except kbpf.PermissionDeniedError as error: print(error.hints[0])
+"""
+    said = filtered(script, refused, str(bpffs / "pin"))
+    assert said == [f"a seccomp filter refuses {refused} to this process"]
+
+
+@pytest.mark.requires("kernel")
+def test_a_seccomp_filter_that_hides_bpf_is_no_kernel_without_it(filtered: Callable[..., list[str]]) -> None:
+    script = """
+import kbpf
+refuse(errno.ENOSYS)
+spec = MapSpec(type="hash", key_size=4, value_size=4, max_entries=1)
+program = ProgramSpec(instructions=[(0xB7,), (0x95,)])
+for action in (lambda: kbpf.Map.create(spec, "kernel"), lambda: kbpf.load_program(program, backend="kernel")):
+    try: action()
+    except kbpf.NotSupportedError as error: print(error.hints[0])
+print(kbpf.features.map_type("hash", backend="kernel"))
+"""
+    told = "a seccomp filter hides bpf(2) from this process: the kernel has it"
+    first, second, third = filtered(script)
+    assert first == second == told
+    assert "not permitted" in third and told in third
+
+
+@pytest.mark.requires("unprivileged", "kernel")
+def test_what_the_verifier_withholds_for_want_of_a_capability(nobody: Runner) -> None:
+    script = PRELUDE + (
+        "import kbpf\n"
+        "leak, unready = [(0xBF, 0, 1), (0x95,)], [(0x95,)]\n"
+        "helper, other = ([(0x85, 0, 0, 0, number), *unready] for number in (6, 51))\n"
+        "for code in (leak, helper, other, unready):\n"
+        "    try: kbpf.load_program(ProgramSpec(instructions=code), backend='kernel').close()\n"
+        "    except kbpf.VerifierError as error: print('CAP_PERFMON' in str(error))\n"
+        "    else: print('ok')\n"
+    )
+    assert words(nobody(script, capabilities="+bpf")) == ["True", "True", "False", "False"]
+    assert words(nobody(script, capabilities="+bpf,+perfmon")) == ["ok", "False", "False", "False"]
 
 
 @pytest.mark.requires("unprivileged", "kernel")

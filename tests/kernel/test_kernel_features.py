@@ -137,6 +137,8 @@ QUESTIONS = [
     "program_type:xdp",
     "program_type:kprobe",
     "helper:socket_filter:trace_printk",
+    # Which programs of this type never have.
+    "helper:socket_filter:redirect",
 ]
 
 
@@ -144,11 +146,11 @@ QUESTIONS = [
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        ("", "not-permitted not-permitted not-permitted not-permitted not-permitted"),
-        ("+bpf", "yes not-permitted not-permitted not-permitted not-permitted"),
-        ("+bpf,+net_admin", "yes yes yes not-permitted not-permitted"),
-        ("+bpf,+perfmon", "yes not-permitted not-permitted yes yes"),
-        ("+sys_admin", "yes yes yes yes yes"),
+        ("", "not-permitted not-permitted not-permitted not-permitted not-permitted not-permitted"),
+        ("+bpf", "yes not-permitted not-permitted not-permitted not-permitted no"),
+        ("+bpf,+net_admin", "yes yes yes not-permitted not-permitted no"),
+        ("+bpf,+perfmon", "yes not-permitted not-permitted yes yes no"),
+        ("+sys_admin", "yes yes yes yes yes no"),
     ],
 )
 def test_what_one_may_not_have_is_no_no(nobody: Runner, capabilities: str, expected: str) -> None:
@@ -156,6 +158,33 @@ def test_what_one_may_not_have_is_no_no(nobody: Runner, capabilities: str, expec
         pytest.skip("kernel.unprivileged_bpf_disabled is 0 here")
     done = nobody(ASK, *QUESTIONS, capabilities=capabilities)
     assert done.stdout.split() == expected.split(), done.stderr
+
+
+@pytest.mark.requires("kernel", "unprivileged")
+def test_helpers_that_take_a_capability_are_those_that_the_kernel_then_gives(nobody: Runner) -> None:
+    script = (
+        "from kbpf import features\n"
+        "from kbpf.uapi.enums import HELPERS\n"
+        "for type in ('socket_filter', 'cgroup_skb', 'sk_reuseport', 'syscall'):\n"
+        "    for name in HELPERS:\n"
+        "        if name != 'unspec': print(f'{type} {name}:' + features.helper(type, name, backend='kernel').answer)\n"
+    )
+    few, more = (
+        dict(line.split(":") for line in nobody(script, capabilities=capabilities).stdout.splitlines())
+        for capabilities in ("+bpf", "+bpf,+perfmon")
+    )
+    # What is not there is there with no capability.
+    assert {more[name] for name, answer in few.items() if answer == "no"} == {"no"}
+    assert {few[name] for name, answer in more.items() if answer == "yes"} == {"yes", "not permitted"}
+
+
+@pytest.mark.requires("kernel")
+def test_a_helper_that_lockdown_may_have_taken_is_not_said_to_be_missing() -> None:
+    found = ask("helper", "probe_write_user", "kprobe")
+    expected = {"none": "yes", None: "inconclusive"}.get(features.probes.lockdown(), "not permitted")
+    assert found.answer == expected or (found.answer == "yes" and expected == "inconclusive"), found
+    # Types that never have it.
+    assert ask("helper", "probe_write_user", "socket_filter").answer == "no"
 
 
 @pytest.mark.requires("kernel", "userns")

@@ -96,8 +96,10 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
     # Every state is like the one before, which is said behind the jump, in its line.
     "counting for ever": (
         "socket_filter",
-        (ZERO, (0x63, 10, 0, -4, 0), (0x18, 1, 0, 0, 0xFFFFFFFF), (0, 0, 0, 0, 0), (0x61, 2, 10, -4, 0))
-        + ((0x07, 2, 0, 0, 1), (0x63, 10, 2, -4, 0), (0x61, 2, 10, -4, 0), (0x5D, 2, 1, -5, 0), EXIT),
+        (
+            *(ZERO, (0x63, 10, 0, -4, 0), (0x18, 1, 0, 0, 0xFFFFFFFF), (0, 0, 0, 0, 0), (0x61, 2, 10, -4, 0)),
+            *((0x07, 2, 0, 0, 1), (0x63, 10, 2, -4, 0), (0x61, 2, 10, -4, 0), (0x5D, 2, 1, -5, 0), EXIT),
+        ),
         "infinite loop detected at insn 4",
         4,
         {"R10": "fp0"},
