@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket as _socket
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -266,6 +267,61 @@ class InetEndpoint(Endpoint):
         # An address that an IPv6 connection gave the socket is none for IPv4.
         bound = len(own) == len(remote) and any(own)
         return path, own if bound else path.source, remote
+
+
+class PortEndpoint(InetEndpoint):
+    """One of UDP or TCP, which has a port, and whose control group's programs have a say in that."""
+
+    def __init__(
+        self, network: Network, family: int, type: int, proto: int, *, accepted: Binding | None = None
+    ) -> None:
+        super().__init__(network, family, type, proto, accepted=accepted)
+        this = weakref.ref(self)
+
+        def bind(local: bytes, port: int) -> None:
+            end = this()
+            if end is not None:
+                end._bind_early(local, port)
+
+        self.sock.bind = bind
+
+    def bind(self, address: tuple[Any, ...]) -> None:
+        """Bind to (host, port); port 0 is any that is free."""
+        local, port = self._parse(address, "bind")
+        with self._arrived:
+            self._open()
+            local, port = cgroup_hooks.bind(self.sock, local, port)
+            self._refuse_bound()
+            self._check_local(local)
+            self._bind(local, port)
+            try:
+                cgroup_hooks.post_bind(self.sock)
+            except OSError:
+                self._unbind()
+                raise
+
+    def _bind_early(self, local: bytes, port: int) -> None:
+        """What a program does before the socket is connected: without a port, that one is found later."""
+        self._refuse_bound()
+        self._check_local(local)
+        if port:
+            self._bind(local, port)
+        else:
+            self.sock.local = local
+
+    def _refuse_bound(self) -> None:
+        """EINVAL where it has its port already."""
+        if self.sock.local_port:
+            raise error(errno.EINVAL)
+
+    def _bind(self, local: bytes, port: int) -> None:
+        """Take the address and the port."""
+        raise NotImplementedError
+
+    def _unbind(self) -> None:
+        """Give the address and the port back."""
+        self.network.inet.ports.release(self._binding)
+        self.sock.local, self.sock.local_port = ANY4 if self.family == AF_INET else ANY6, 0
 
 
 def _place(sock: Sock) -> tuple[object, ...]:

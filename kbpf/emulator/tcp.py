@@ -134,6 +134,8 @@ class Listener:
             remote_port=segment.header.source_port,
             bound_dev_if=own.bound_dev_if,
             mark=own.mark,
+            cgroup_id=own.cgroup_id,
+            cgroup_ancestors=own.cgroup_ancestors,
             priority=own.priority,
             state=BPF_TCP_NEW_SYN_RECV,
             listener=own,

@@ -9,10 +9,11 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbpf.emulator import cgroup_hooks
 from kbpf.emulator.connection import RCVBUF, SENDING, Connection
 from kbpf.emulator.endpoint import Option
 from kbpf.emulator.headers import IPPROTO_TCP
-from kbpf.emulator.inetsocket import AF_INET, InetEndpoint, IpOptions
+from kbpf.emulator.inetsocket import AF_INET, IpOptions, PortEndpoint
 from kbpf.emulator.ports import Binding
 from kbpf.emulator.slot import error
 from kbpf.emulator.sock import MAPPED
@@ -39,11 +40,11 @@ _SNDBUF, _SNDBUF_CONNECTED = 16384, 2626560
 _LINGER = struct.Struct("=ii")
 
 
-class TcpSocket(InetEndpoint, StreamEndpoint):
+class TcpSocket(PortEndpoint, StreamEndpoint):
     """An emulated TCP socket: unconnected, listening, or the user's end of a connection."""
 
     OPTIONS: ClassVar[Mapping[tuple[int, int], Option]] = {
-        **InetEndpoint.OPTIONS,
+        **PortEndpoint.OPTIONS,
         (SOL_SOCKET, SO_ACCEPTCONN): Option(lambda end: end.listener is not None),
         (SOL_TCP, TCP_NODELAY): Option(lambda end: end.nodelay, lambda end, value: end._set_nodelay(bool(value))),
     }
@@ -131,16 +132,13 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
 
     # Binding, listening, connecting.
 
-    def bind(self, address: tuple[Any, ...]) -> None:
-        """Bind to (host, port); port 0 is any that is free."""
-        local, port = self._parse(address, "bind")
-        with self._arrived:
-            self._open()
-            if self.sock.state != BPF_TCP_CLOSE or (self.sock.local_port and not self.any_port):
-                raise error(errno.EINVAL)
-            self._check_local(local)
-            self._claim(local, port)
-            self.any_port = False
+    def _refuse_bound(self) -> None:
+        if self.sock.state != BPF_TCP_CLOSE or (self.sock.local_port and not self.any_port):
+            raise error(errno.EINVAL)
+
+    def _bind(self, local: bytes, port: int) -> None:
+        self._claim(local, port)
+        self.any_port = False
 
     def listen(self, backlog: int = 128) -> None:
         """Let others connect; one more than `backlog` may wait to be accepted."""
@@ -173,7 +171,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
             connection = listener.pending.popleft()
             self._signal()
             made = TcpSocket(self.network, self.family, connection)
-            return made, made._shown(connection.sock.remote, connection.sock.remote_port)
+            return made, made.getpeername()
 
     def _use(self, connection: Connection) -> None:
         connection.endpoint = weakref.ref(self)
@@ -213,6 +211,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         return 0
 
     def _begin(self, remote: bytes, port: int) -> None:
+        remote, port = cgroup_hooks.connect(self.sock, remote, port)
         path, source, target = self._way(remote)
         if path.broadcast:
             raise error(errno.ENETUNREACH)
@@ -321,6 +320,7 @@ class TcpSocket(InetEndpoint, StreamEndpoint):
         self._woken()
 
     def _closed(self) -> None:
+        cgroup_hooks.sock_release(self.sock)
         if self.listener is not None:
             self._stop_listening()
         connection = self.connection

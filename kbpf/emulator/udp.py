@@ -6,7 +6,6 @@ A filter sees the UDP header at offset 0, and never cuts it off.
 from __future__ import annotations
 
 import errno
-import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ from kbpf.emulator.endpoint import Ancillary, DatagramEndpoint, Message, truesiz
 from kbpf.emulator.environment import environment
 from kbpf.emulator.headers import IPPROTO_UDP, UDP_SIZE, IpHeader
 from kbpf.emulator.inet import Inet
-from kbpf.emulator.inetsocket import AF_INET, InetEndpoint, bare
+from kbpf.emulator.inetsocket import AF_INET, PortEndpoint, bare
 from kbpf.emulator.interface import EmulatedInterface
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.slot import error
-from kbpf.emulator.sock import ANY4, ANY6, MAPPED, Sock
+from kbpf.emulator.sock import MAPPED, Sock
 from kbpf.uapi.constants import BPF_TCP_ESTABLISHED
 
 if TYPE_CHECKING:
@@ -107,20 +106,12 @@ class UdpLayer:
             endpoint.report(number)
 
 
-class UdpSocket(InetEndpoint, DatagramEndpoint):
+class UdpSocket(PortEndpoint, DatagramEndpoint):
     """An emulated UDP socket."""
 
     def __init__(self, network: Network, family: int) -> None:
         super().__init__(network, family, SOCK_DGRAM, IPPROTO_UDP)
         network.udp.sockets[self.sock] = self
-        this = weakref.ref(self)
-
-        def bind(local: bytes, port: int) -> None:
-            end = this()
-            if end is not None:
-                end._bind_early(local, port)
-
-        self.sock.bind = bind
 
     # Receiving.
 
@@ -189,32 +180,6 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
 
     # Binding and connecting.
 
-    def bind(self, address: tuple[Any, ...]) -> None:
-        """Bind to (host, port); port 0 is any that is free."""
-        local, port = self._parse(address, "bind")
-        with self._arrived:
-            self._open()
-            local, port = cgroup_hooks.bind(self.sock, local, port)
-            if self.sock.local_port:
-                raise error(errno.EINVAL)
-            self._check_local(local)
-            self._bind(local, port)
-            try:
-                cgroup_hooks.post_bind(self.sock)
-            except OSError:
-                self._unbind()
-                raise
-
-    def _bind_early(self, local: bytes, port: int) -> None:
-        """What a program does before the socket is connected: without a port, that one is found later."""
-        if self.sock.local_port:
-            raise error(errno.EINVAL)
-        self._check_local(local)
-        if port:
-            self._bind(local, port)
-        else:
-            self.sock.local = local
-
     def _bind(self, local: bytes, port: int) -> None:
         self._claim(local, port)
         self._join_group()
@@ -226,12 +191,9 @@ class UdpSocket(InetEndpoint, DatagramEndpoint):
             self._bind(self.sock.local, 0)
 
     def _unbind(self) -> None:
-        """Give the address and the port back."""
-        sock = self.sock
-        self.network.sockets.remove(sock)
-        self.network.inet.ports.release(self._binding)
+        self.network.sockets.remove(self.sock)
+        super()._unbind()
         self._leave_group()
-        sock.local, sock.local_port = ANY4 if self.family == AF_INET else ANY6, 0
 
     def connect(self, address: tuple[Any, ...]) -> None:
         """Send to and receive from this address only."""
