@@ -127,7 +127,9 @@ class VerifierError(BpfError):
         found = self._report
         if found.instruction is None or not found.instruction.text:
             found = found._replace(instruction=instruction or found.instruction)
-        self._report = found._replace(source_line=found.source_line or source_line)
+        # Before Linux 6.10 the log has no file and number.
+        told = found.source_line if found.source_line and found.source_line.file else source_line or found.source_line
+        self._report = found._replace(source_line=told)
 
     def __str__(self) -> str:
         found = self._report

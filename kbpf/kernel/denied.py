@@ -22,6 +22,8 @@ from kbpf.uapi.enums import COMMANDS
 _EMULATE = "set KBPF_BACKEND=emulator"
 _LET_THROUGH = "let the container's seccomp profile allow bpf, or set KBPF_BACKEND=emulator"
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+#: The largest value that has a meaning in Linux itself.
+_MOST_PARANOID = 2
 _CGROUP_PROGRAMS = frozenset(
     [
         "cgroup_skb",
@@ -113,9 +115,14 @@ def withheld(log: str) -> tuple[str, ...]:
 
 def _perf_event() -> tuple[str, ...]:
     """What an event of a processor takes (kernel/events/core.c, perf_allow_cpu)."""
+    process, paranoid = probes.privileges(), _PARANOID.read_text().strip()
+    if int(paranoid) > _MOST_PARANOID and process.lacks(("CAP_SYS_ADMIN",)):
+        # A patch of Debian and Ubuntu, for which CAP_PERFMON is not enough.
+        reason = f"kernel.perf_event_paranoid is {paranoid}, for which this kernel wants CAP_SYS_ADMIN"
+        return (reason, f"run as root, or set kernel.perf_event_paranoid to {_MOST_PARANOID}")
     first, *others = _capabilities("perf_event_open", "", "")
-    if probes.privileges().lacks(("CAP_PERFMON",)):
-        first += f", and kernel.perf_event_paranoid is {_PARANOID.read_text().strip()}, more than 0"
+    if process.lacks(("CAP_PERFMON",)):
+        first += f", and kernel.perf_event_paranoid is {paranoid}, more than 0"
     return first, *others
 
 

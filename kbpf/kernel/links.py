@@ -120,9 +120,10 @@ class LinkCommands:
         try:
             attr.issue()
         except OSError as error:
-            if error.errno != errno.E2BIG:
+            # Before Linux 6.6 there was neither an order that has revisions, nor links to be told of: EINVAL where
+            # some other command's attributes are longer.
+            if error.errno not in (errno.E2BIG, errno.EINVAL):
                 raise
-            # Before Linux 6.6 there was neither an order that has revisions, nor links to be told of.
             attr = Attr(
                 "prog_query",
                 target_ifindex=target,

@@ -216,8 +216,8 @@ def _load_with_maps(values: dict[str, int | bytes], maps: array[int], log_level:
     try:
         return _load({**values, "fd_array": descriptors.address, "fd_array_cnt": len(maps)}, log_level)
     except LoadRefused as error:
-        # What a kernel does not know is too long for it, and there is nothing in the log.
-        if error.errno != errno.E2BIG or error.log:
+        # What a kernel does not know is too long for it, or invalid, and there is nothing in the log.
+        if error.errno not in (errno.E2BIG, errno.EINVAL) or error.log:
             raise
     fd = _load(values, log_level)
     with suppress(OSError):

@@ -132,3 +132,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "kbpf", "compile", "ip"], capture_output=True, text=True, check=True)
+    assert (
+        done.stdout
+        == subprocess.run(
+            [sys.executable, "-c", "from kbpf.cli.main import main; main()", "compile", "ip"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )

@@ -97,7 +97,7 @@ def test_functions_and_tail_called_programs_are_told_apart() -> None:
             ProgramSpec(instructions=first, maps=(array,), **described_first), backend="emulator"
         ) as program,
     ):
-        program.maps[0][0] = other.fileno()
+        program.maps[0][0] = other
         steps = list(program.trace(FRAME))
         one, two = program.id, other.id
     assert [(step.program, step.pc, step.depth) for step in steps] == [
@@ -117,7 +117,7 @@ def test_a_program_that_tail_calls_itself_is_shown_each_time() -> None:
     )
     array = MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=1)
     with kbpf.load_program(ProgramSpec(instructions=body, maps=(array,)), backend="emulator") as program:
-        program.maps[0][0] = program.fileno()
+        program.maps[0][0] = program
         steps = list(program.trace(FRAME))
         del program.maps[0][0]
     assert sum(step.pc == 0 for step in steps) == 34

@@ -263,6 +263,15 @@ class TestError:
         assert error.suggestion in str(error) and error.reason.splitlines()[0] in str(error)
         assert error.registers == {"R1": "ctx()", "R10": "fp0"}
 
+    def test_the_programs_own_line_completes_what_the_log_has_of_one(self) -> None:
+        line = SourceLine("return *value;", "count.bpf.c", 7)
+        for log, expected in ((OLD, line), (SOURCE, SourceLine("return *value;", "a.bpf.c", 16))):
+            error = VerifierError(13, "load", log)
+            error.locate(error.instruction, line)
+            assert error.source_line == expected
+            error.locate(error.instruction, None)
+            assert error.source_line == expected
+
     def test_survives_pickle(self) -> None:
         error = VerifierError(13, "load", SOURCE)
         for made in (error, pickle.loads(pickle.dumps(error))):

@@ -336,8 +336,9 @@ def test_a_socket_map_takes_a_verdict(kernel: KernelBackend, keep: Keep) -> None
         kernel.program_detach(verdict, map, "sk_skb_stream_verdict")
 
 
+@pytest.mark.parametrize("number", [errno.E2BIG, errno.EINVAL])
 def test_what_older_kernels_do_not_know_of_queries_is_left_out(
-    kernel: KernelBackend, keep: Keep, group: int, monkeypatch: pytest.MonkeyPatch
+    kernel: KernelBackend, keep: Keep, group: int, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Linux before 6.6 refuses attributes of a query that reach to links and revisions."""
     original = attrs.syscall.bpf
@@ -345,7 +346,7 @@ def test_what_older_kernels_do_not_know_of_queries_is_left_out(
 
     def older(command: int, attr: bytearray) -> int:
         if command == COMMANDS["prog_query"] and any(attr[revision:]):
-            raise OSError(errno.E2BIG, "attributes of another kernel")
+            raise OSError(number, "attributes of another kernel")
         return original(command, attr)
 
     monkeypatch.setattr(attrs.syscall, "bpf", older)

@@ -352,6 +352,18 @@ class TestReasons:
 
         return pretend
 
+    def test_a_kernel_that_is_more_paranoid_than_linux(
+        self, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        setting = tmp_path / "perf_event_paranoid"
+        setting.write_text("3\n")
+        monkeypatch.setattr(denied, "_PARANOID", setting)
+        process(effective=frozenset({"CAP_BPF", "CAP_PERFMON"}))
+        assert explain_denied("perf_event_open", errno.EACCES) == (
+            "kernel.perf_event_paranoid is 3, for which this kernel wants CAP_SYS_ADMIN",
+            "run as root, or set kernel.perf_event_paranoid to 2",
+        )
+
     def test_lockdown(self, process: Callable[..., None]) -> None:
         process(lockdown="integrity")
         reason, _ = explain_denied("prog_load", errno.EPERM, program_type="tracing")

@@ -283,7 +283,7 @@ class BpfMap(Resource):
     def freeze(self) -> None:
         """BPF_MAP_FREEZE (Linux 5.2): user space may not write any more; programs still may.
 
-        EPERM when it is frozen already.
+        EPERM when it is frozen already, EBUSY from older kernels.
         """
         with doing(self._backend, f"freeze {self.label}", operation="map_freeze"):
             self._backend.map_freeze(self.fileno())
