@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kbpf.emulator import headers
+from kbpf.emulator import headers, tcp_events
 from kbpf.emulator.clock import Event, timeline
 from kbpf.emulator.datapath import backlog
 from kbpf.emulator.environment import environment
@@ -19,6 +19,8 @@ from kbpf.emulator.ports import Binding
 from kbpf.emulator.segment import M32, Segment, after, filtered
 from kbpf.emulator.slot import Slot
 from kbpf.uapi.constants import (
+    BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
     BPF_TCP_CLOSE,
     BPF_TCP_CLOSE_WAIT,
     BPF_TCP_CLOSING,
@@ -27,6 +29,7 @@ from kbpf.uapi.constants import (
     BPF_TCP_FIN_WAIT2,
     BPF_TCP_LAST_ACK,
     BPF_TCP_NEW_SYN_RECV,
+    BPF_TCP_SYN_RECV,
     BPF_TCP_SYN_SENT,
     BPF_TCP_TIME_WAIT,
 )
@@ -91,6 +94,11 @@ class Connection:
         self._retries = 0
         self._recover = self._again = self.iss
         self._owes_ack = False
+        self._round_trips = tcp_events.RoundTrips(self.sock)
+        #: How long the timer was set for, and what the first one of a handshake is.
+        self._timeout, self._first_timeout = 0, _RTO_FIRST
+        #: Whether the user's socket is gone, and its remains only answer for it (``struct inet_timewait_sock``).
+        self._remains = False
         self.counts = {"segs_in": 0, "segs_out": 0, "data_segs_in": 0, "data_segs_out": 0, "total_retrans": 0,
                        "bytes_received": 0, "bytes_acked": 0}  # fmt: skip
 
@@ -100,17 +108,22 @@ class Connection:
         """Send a SYN."""
         self.layer.hold(self.sock, self)
         self.enter(BPF_TCP_SYN_SENT)
-        self.snd_nxt = self.iss + 1 & M32
-        self._start_timer(_RTO_FIRST)
-        self._emit(SYN, self.iss)
+        self._first_timeout = tcp_events.connecting(self.sock) or _RTO_FIRST
+        self._start(SYN)
 
     def answer(self, segment: Segment) -> None:
         """Take a SYN as a listener does, and send a SYN-ACK."""
         self.layer.hold(self.sock, self)
         self._agree(segment.header)
+        self._first_timeout = tcp_events.requested(self.sock) or _RTO_FIRST
+        self._start(SYN | ACK)
+
+    def _start(self, flags: int) -> None:
+        """Send the first segment of this end."""
         self.snd_nxt = self.iss + 1 & M32
-        self._start_timer(_RTO_FIRST)
-        self._emit(SYN | ACK, self.iss)
+        self._start_timer(self._first_timeout)
+        self._round_trips.sent(self.snd_nxt)
+        self._emit(flags, self.iss)
 
     def _agree(self, header: TcpHeader) -> None:
         """On what the other end's SYN says (`tcp_parse_options`)."""
@@ -140,6 +153,10 @@ class Connection:
 
     def enter(self, state: int) -> None:
         """Change the state: the one place."""
+        if not self._remains and (state, self.sock.state) != (BPF_TCP_CLOSE, BPF_TCP_CLOSE):
+            # The user's socket is closed when others are still waited for.
+            self._remains = state == BPF_TCP_TIME_WAIT
+            tcp_events.state(self.sock, BPF_TCP_CLOSE if self._remains else state)
         self.sock.state = state
         if state == BPF_TCP_CLOSE:
             self._stop_timer()
@@ -221,6 +238,7 @@ class Connection:
                 self._fin_sent = last
                 if self._timer is None:
                     self._start_timer(_RTO_LEAST)
+                self._round_trips.sent(self.snd_nxt)
                 self._emit(flags, seq, data)
             if self._timer is None and len(self.outgoing) > self._flight() == 0:
                 # The window is closed: ask now and then whether it still is.
@@ -234,9 +252,12 @@ class Connection:
         self.counts["total_retrans"] += 1
         state = self.sock.state
         if state == BPF_TCP_SYN_SENT:
+            self._round_trips.sent(self.snd_nxt)
             self._emit(SYN, self.iss)
+            tcp_events.retransmitted(self.sock, self.iss)
             return
         if state == BPF_TCP_NEW_SYN_RECV:
+            self._round_trips.sent(self.snd_nxt)
             self._emit(SYN | ACK, self.iss)
             return
         if not self._flight():
@@ -247,12 +268,15 @@ class Connection:
         last = self._fin_sent and size == len(self.outgoing)
         self._again = self.snd_una + size + last & M32
         flags = ACK | (PSH if size and size == len(self.outgoing) else 0) | (FIN if last else 0)
+        self._round_trips.sent(self._again)
         self._emit(flags, self.snd_una, bytes(self.outgoing[:size]))
+        tcp_events.retransmitted(self.sock, self.snd_una)
 
     # The timer.
 
     def _start_timer(self, after_ns: int, action: Callable[[], None] | None = None) -> None:
         self._stop_timer()
+        self._timeout = after_ns
         self._timer = timeline.at(environment.clock() + after_ns, action or self._timed_out)
 
     def _stop_timer(self) -> None:
@@ -279,11 +303,22 @@ class Connection:
             first = _RTO_LEAST
             doublings = self._retries
             if state in (BPF_TCP_SYN_SENT, BPF_TCP_NEW_SYN_RECV):
-                first = _RTO_FIRST
+                first = self._first_timeout
                 doublings -= min(self._retries, _SYN_LINEAR) if state == BPF_TCP_SYN_SENT else 0
+                if state == BPF_TCP_SYN_SENT:
+                    if self._retries > 1:
+                        tcp_events.tried_again(self.sock)
+                    tcp_events.timed_out(self.sock, self._retries - 1, self._timeout)
+            elif self._flight():
+                # The first time only probes for a loss.
+                doublings -= 1
+                if self._retries > 1:
+                    tcp_events.timed_out(self.sock, self._retries - 2, self._timeout)
             self.cwnd, self._recover = 1, self.snd_nxt
             self._start_timer(min(first << doublings, _RTO_MOST))
             self._resend()
+            if state == BPF_TCP_SYN_SENT:
+                tcp_events.tried_again(self.sock)
 
     # Receiving.
 
@@ -327,16 +362,19 @@ class Connection:
                 self.fail(errno.ECONNREFUSED)
         elif header.flags & SYN and header.flags & ACK:
             self._agree(header)
-            self._established(header)
+            self._answered(header)
+            self.enter(BPF_TCP_ESTABLISHED)
+            tcp_events.established(self.sock, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, segment)
             self.send_ack()
             self.push()
 
-    def _established(self, header: TcpHeader) -> None:
+    def _answered(self, header: TcpHeader) -> None:
+        """The other end has this one's SYN."""
         self.snd_una = header.ack
         self._recover = self._again = self.snd_una
         self._retries = 0
         self._stop_timer()
-        self.enter(BPF_TCP_ESTABLISHED)
+        self._round_trips.acknowledged(header.ack)
 
     def _accepted(self, ip: IpHeader, segment: Segment) -> bool:
         """Whether a segment ends the handshake of a request (`tcp_check_req`), which is then a connection."""
@@ -352,9 +390,13 @@ class Connection:
         inherit_values(self.sock, listener.sock)
         self.snd_wnd = header.window << self._scale_out
         self.sock.listener = self.listener = None
+        self.sock.sock_ops_cb_flags = listener.sock.sock_ops_cb_flags
         listener.requests.remove(self)
         listener.pending.append(self)
-        self._established(header)
+        self.sock.state = BPF_TCP_SYN_RECV
+        self._answered(header)
+        tcp_events.established(self.sock, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, segment)
+        self.enter(BPF_TCP_ESTABLISHED)
         endpoint.woken()
         return True
 
@@ -419,6 +461,7 @@ class Connection:
         del self.outgoing[: count - fin]
         self.counts["bytes_acked"] += count - fin
         self.snd_una = header.ack
+        self._round_trips.acknowledged(header.ack)
         self.cwnd += max(count // self.mss, 1)
         self._retries = 0
         self._stop_timer()
@@ -436,7 +479,7 @@ class Connection:
         if state == BPF_TCP_FIN_WAIT1:
             self.enter(BPF_TCP_FIN_WAIT2)
             if self.orphan:
-                self._start_timer(_WAIT, self.finish)
+                self._leave()
         elif state == BPF_TCP_CLOSING:
             self._wait()
         elif state == BPF_TCP_LAST_ACK:
@@ -509,7 +552,8 @@ class Connection:
         elif harshly or (self.incoming and state in (*_RECEIVING, BPF_TCP_CLOSE_WAIT)):
             self.abort()
         elif state == BPF_TCP_FIN_WAIT2:
-            self._start_timer(_WAIT, self.finish)
+            self.enter(state)
+            self._leave()
         elif state != BPF_TCP_CLOSE:
             self.end()
         else:
@@ -517,10 +561,17 @@ class Connection:
 
     def abort(self) -> None:
         """Send a RST, and forget the connection (`tcp_send_active_reset`)."""
-        if self.sock.state not in (BPF_TCP_CLOSE, BPF_TCP_TIME_WAIT, BPF_TCP_SYN_SENT):
+        tells = self.sock.state not in (BPF_TCP_CLOSE, BPF_TCP_TIME_WAIT, BPF_TCP_SYN_SENT)
+        self.finish()
+        if tells:
             self.layer.inet.counters["TcpOutRsts"] += 1
             self._emit(RST | ACK, self.snd_nxt)
-        self.finish()
+
+    def _leave(self) -> None:
+        """Nobody is there to read what may still come (`tcp_time_wait` of FIN_WAIT2)."""
+        tcp_events.state(self.sock, BPF_TCP_CLOSE)
+        self._remains = True
+        self._start_timer(_WAIT, self.finish)
 
     def _wait(self) -> None:
         """TIME_WAIT: something may be late."""
@@ -548,6 +599,7 @@ class Connection:
         self.sock.tcp = {
             **self.counts,
             "snd_cwnd": self.cwnd,
+            "srtt_us": self._round_trips.smoothed,
             "snd_una": self.snd_una,
             "snd_nxt": self.snd_nxt,
             "rcv_nxt": self.rcv_nxt,

@@ -24,6 +24,8 @@ class Segment:
 
     header: TcpHeader
     data: bytes
+    #: The bytes of the header, options and all.
+    start: bytes = b""
 
     @property
     def syn(self) -> bool:
@@ -45,4 +47,5 @@ def filtered(sock: Sock, slot: Slot, packet: Packet, header: TcpHeader) -> Segme
     kept = slot.run(packet) if cgroup_hooks.ingress(sock, packet) else 0
     if not kept:
         return None
-    return Segment(header, packet.data[header.size : max(kept, header.size)])
+    data = packet.data
+    return Segment(header, data[header.size : max(kept, header.size)], data[: header.size])

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kbpf.emulator import cgroup_hooks
+from kbpf.emulator import cgroup_hooks, tcp_events
 from kbpf.emulator.connection import RCVBUF, SENDING, Connection
 from kbpf.emulator.endpoint import Option
 from kbpf.emulator.headers import IPPROTO_TCP
@@ -159,6 +159,7 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
             self.listener = Listener(self.network.tcp, self, most)
             self.sock.state = BPF_TCP_LISTEN
             self.network.tcp.hold(self.sock, self.listener)
+            tcp_events.listening(self.sock)
 
     def accept(self) -> tuple[TcpSocket, tuple[Any, ...]]:
         """The next connection, and the address of its other end."""
@@ -313,6 +314,7 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
 
     def _stop_listening(self) -> None:
         assert self.listener is not None
+        tcp_events.state(self.sock, BPF_TCP_CLOSE)
         self.listener.close()
         self.listener, self._at_end = None, False
         self._leave_group()
