@@ -29,8 +29,8 @@ class MapInfo:
     btf_value_type_id: int = 0
     #: The interface whose network card holds the map; 0 for memory.
     ifindex: int = 0
-    #: Bytes of memory (Linux 4.10); the emulator does not say, and gives 0.
-    memlock: int = 0
+    #: Bytes of memory (Linux 4.10); None where that is not told: without /proc, and by the emulator.
+    memlock: int | None = None
     #: User space may not write any more (Linux 5.2).
     frozen: bool = False
     #: For program arrays: the type of the programs in it, and whether they are native code; empty as long as none was.
@@ -71,8 +71,8 @@ class ProgramInfo:
     attach_btf_object_id: int = 0
     #: The interface whose network card runs the program; 0 for the host.
     ifindex: int = 0
-    #: Bytes of memory (Linux 4.10); the emulator does not say, and gives 0.
-    memlock: int = 0
+    #: Bytes of memory (Linux 4.10); None where that is not told: without /proc, and by the emulator.
+    memlock: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class LinkInfo:
     ifindex: int = 0
     cgroup_id: int = 0
     #: What else there is about links of this type, by the names of the structure's members: ``tp_name``, ``netns_ino``,
-    #: ``target_name``, ``pf``, ``hooknum``, ``priority``, ``cookie`` and such; file names and symbols are text.
-    details: Mapping[str, int | str] = field(default_factory=dict)
+    #: ``target_name``, ``pf``, ``hooknum``, ``priority``, ``cookie`` and such; file names and symbols are text, and
+    #: what there is for each of several places are tuples: ``offsets``, ``addrs``, ``cookies``.
+    details: Mapping[str, int | str | tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import click
 
 import kbpf
 from kbpf.cli import objects
+from kbpf.cli.output import plain
 from kbpf.runtime.codecs import Codec
 from kbpf.runtime.maps.keyless import BloomFilter, Queue
 from kbpf.runtime.maps.references import MapOfMaps, ProgramArray
@@ -30,22 +31,45 @@ def split(words: tuple[str, ...], names: Sequence[str]) -> tuple[tuple[str, ...]
     return which, given
 
 
-def read(map: kbpf.BpfMap, given: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Key and value of an element, or the next value."""
+def read(map: kbpf.BpfMap, given: dict[str, tuple[str, ...]]) -> tuple[bytes, bytes]:
+    """Key and value of an element, or no key and the next value."""
     if isinstance(map, Queue):
         _expect(map, given, ())
         try:
-            return {"value": map.peek()}
+            return b"", map.value_codec.encode(map.peek())
         except IndexError as error:
             raise click.ClickException(f"{error}.") from None
     _expect(map, given, ("key",))
     assert isinstance(map, kbpf.Map)
     key = parsed(map.key_codec, given["key"])
     try:
-        value = map[key]
+        return key, map.raw_value(key)
     except KeyError:
         raise click.ClickException(f"{map.label} has no key {' '.join(given['key'])}.") from None
-    return {"key": map.key_codec.decode(key), "value": value}
+
+
+def fields(map: kbpf.BpfMap, key: bytes, value: bytes) -> dict[str, Any]:
+    """An element as ``bpftool -j`` has it: the bytes, and as `formatted` what they mean where that is known."""
+    # bpftool has an empty key where there is none.
+    raw: dict[str, Any] = {"key": _hexadecimal(key)}
+    meant = {"key": map.key_codec.decode(key)} if key else {}
+    if map.per_cpu:
+        size = map.shape.value_size
+        parts = (value[at : at + size] for at in range(0, len(value), -(-size // 8) * 8))
+        raw["values"] = [{"cpu": cpu, "value": _hexadecimal(part)} for cpu, part in enumerate(parts)]
+        values = map.value_codec.decode(value)
+        meant["values"] = [{"cpu": cpu, "value": plain(one)} for cpu, one in enumerate(values)]
+        typed = not isinstance(values[0], bytes)
+    else:
+        raw["value"], meant["value"] = _hexadecimal(value), map.value_codec.decode(value)
+        typed = not isinstance(meant["value"], bytes)
+    if not typed and isinstance(meant.get("key", b""), bytes):
+        return raw
+    return raw | {"formatted": {name: part if name == "values" else plain(part) for name, part in meant.items()}}
+
+
+def _hexadecimal(data: bytes) -> list[str]:
+    return [f"0x{byte:02x}" for byte in data]
 
 
 def store(map: kbpf.BpfMap, given: dict[str, tuple[str, ...]], flags: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -50,6 +51,9 @@ def describe(error: Exception) -> str:
 
 def main() -> None:
     """Run the command line and exit."""
+    if sys.stdout is None:
+        # Closed by whoever started this: what is printed is for nobody.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         status = cli.main(prog_name="kbpf", standalone_mode=False)
         sys.stdout.flush()

@@ -10,8 +10,8 @@ import click
 
 import kbpf
 from kbpf.cli import elements, objects
-from kbpf.cli.objects import SELECTOR, as_json
-from kbpf.cli.output import Table, plain, text, until_interrupted
+from kbpf.cli.objects import SELECTOR, as_json, with_pins
+from kbpf.cli.output import Table, plain, show_rows, text, until_interrupted, write_array
 from kbpf.cli.output import show as show_tables
 from kbpf.info import MapInfo
 from kbpf.runtime.maps.watch import Change
@@ -25,11 +25,12 @@ def command() -> None:
 
 @command.command("show")
 @click.argument("which", nargs=-1, metavar=f"[{SELECTOR}]")
+@with_pins
 @as_json
-def show(which: tuple[str, ...], as_json: bool) -> None:
+def show(which: tuple[str, ...], bpffs: bool, as_json: bool) -> None:
     """Show all maps, or one by its id, pin or name, as ``bpftool map show`` does."""
     found, is_list = objects.listed(which, "map", _all, kbpf.BpfMap.open)
-    objects.write(found, is_list, as_json, _fields, _text)
+    objects.write(found, is_list, as_json, objects.pins("map") if bpffs else None, _fields, _text)
 
 
 command.add_command(show, "list")
@@ -37,7 +38,7 @@ command.add_command(show, "list")
 
 @command.command("dump")
 @click.argument("which", nargs=-1, required=True, metavar=SELECTOR)
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON array of keys and values.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON array, with bpftool's fields.")
 def dump(which: tuple[str, ...], as_json: bool) -> None:
     """Print what is in a map, given by its id, pin or name.
 
@@ -47,10 +48,10 @@ def dump(which: tuple[str, ...], as_json: bool) -> None:
         if not isinstance(map, kbpf.Map):
             raise click.UsageError(f"A map of type {map.type} has no keys, and nothing walks over it.")
         if as_json:
-            click.echo(json.dumps([{"key": plain(key), "value": plain(value)} for key, value in map.items()]))
+            write_array(elements.fields(map, key, value) for key, value in map.raw_items())
         else:
-            rows = [[text(key), text(value)] for key, value in map.items()]
-            show_tables([Table(f"{map.name or 'unnamed'} ({map.type})", ["key", "value"], rows)])
+            rows = ([text(key), text(value)] for key, value in map.items())
+            show_rows(f"{map.name or 'unnamed'} ({map.type})", ["key", "value"], rows)
 
 
 _WORDS = f"{SELECTOR} key KEY"
@@ -58,7 +59,7 @@ _WORDS = f"{SELECTOR} key KEY"
 
 @command.command("get", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, required=True, metavar=_WORDS)
-@click.option("--json", "as_json", is_flag=True, help="Write a JSON object of key and value.")
+@click.option("--json", "as_json", is_flag=True, help="Write a JSON object, with bpftool's fields.")
 def get(words: tuple[str, ...], as_json: bool) -> None:
     """Print the value of one key; of a queue or stack, the value that is next.
 
@@ -67,11 +68,11 @@ def get(words: tuple[str, ...], as_json: bool) -> None:
     """
     which, given = elements.split(words, ("key",))
     with opened(which) as map:
-        found = elements.read(map, given)
+        key, value = elements.read(map, given)
         if as_json:
-            click.echo(json.dumps({name: plain(value) for name, value in found.items()}))
+            click.echo(json.dumps(elements.fields(map, key, value)))
         else:
-            click.echo(text(found["value"]))
+            click.echo(text(map.value_codec.decode(value)))
 
 
 @command.command("set", context_settings={"ignore_unknown_options": True})
@@ -155,7 +156,7 @@ def _fields(info: MapInfo) -> dict[str, Any]:
         "bytes_value": info.value_size,
         "max_entries": info.max_entries,
     }
-    if info.memlock:
+    if info.memlock is not None:
         fields["bytes_memlock"] = info.memlock
     if info.owner_type:
         fields |= {"owner_prog_type": info.owner_type, "owner_jited": info.owner_jited}
@@ -165,13 +166,13 @@ def _fields(info: MapInfo) -> dict[str, Any]:
     return fields
 
 
-def _text(info: MapInfo) -> str:
+def _text(info: MapInfo) -> tuple[list[str], list[str]]:
     head = [f"{info.id}: {info.type}", *([f"name {info.name}"] if info.name else []), f"flags 0x{info.flags:x}"]
     sizes = [f"key {info.key_size}B", f"value {info.value_size}B", f"max_entries {info.max_entries}"]
-    if info.memlock:
+    if info.memlock is not None:
         sizes.append(f"memlock {info.memlock}B")
-    lines = ["  ".join(head), "\t" + "  ".join(sizes)]
+    lines = ["  ".join(head), "  ".join(sizes)]
     if info.owner_type:
-        lines.append(f"\towner_prog_type {info.owner_type}  owner {'' if info.owner_jited else 'not '}jited")
+        lines.append(f"owner_prog_type {info.owner_type}  owner {'' if info.owner_jited else 'not '}jited")
     more = [*([f"btf_id {info.btf_id}"] if info.btf_id else []), *(["frozen"] if info.frozen else [])]
-    return "\n".join([*lines, *(["\t" + "  ".join(more)] if more else [])])
+    return lines, ["  ".join(more)] if more else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ import click
 
 # Rows of a map that a table shows; --json gives them all.
 _ROWS = 20
+# Rows that are aligned with each other where there are more.
+_BLOCK = 1000
 
 
 class Table(NamedTuple):
@@ -94,6 +98,28 @@ def show(tables: Sequence[Table]) -> None:
         Console().print(*tables, sep="\n")
     else:
         click.echo("\n\n".join(map(str, tables)))
+
+
+def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of any length: what is long is aligned, and held in memory, a block at a time."""
+    left = iter(rows)
+    block, following = list(islice(left, _BLOCK)), list(islice(left, _BLOCK))
+    if not following:
+        show([Table(title, columns, block)])
+        return
+    click.echo(str(Table(title, columns, block)))
+    while following:
+        click.echo(str(Table("", columns, following)).partition("\n")[2])
+        following = list(islice(left, _BLOCK))
+
+
+def write_array(elements: Iterable[Any]) -> None:
+    """Write a JSON array, an element at a time."""
+    before = "["
+    for element in elements:
+        sys.stdout.write(before + json.dumps(element))
+        before = ", "
+    sys.stdout.write("]\n" if before == ", " else "[]\n")
 
 
 def plain(value: Any) -> Any:

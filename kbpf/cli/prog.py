@@ -12,7 +12,7 @@ import click
 
 import kbpf
 from kbpf.cli import objects
-from kbpf.cli.objects import SELECTOR, as_json
+from kbpf.cli.objects import PROGRAM_SELECTOR, as_json, with_pins
 from kbpf.info import ProgramInfo
 
 
@@ -22,16 +22,17 @@ def command() -> None:
 
 
 @command.command("show")
-@click.argument("which", nargs=-1, metavar=f"[{SELECTOR}]")
+@click.argument("which", nargs=-1, metavar=f"[{PROGRAM_SELECTOR}]")
+@with_pins
 @as_json
-def show(which: tuple[str, ...], as_json: bool) -> None:
-    """Show all programs, or one by its id, pin or name, as ``bpftool prog show`` does.
+def show(which: tuple[str, ...], bpffs: bool, as_json: bool) -> None:
+    """Show all programs, or one by its id, pin, name or tag, as ``bpftool prog show`` does.
 
     How often a program ran, and how long, is told once it has been counted: see kernel.bpf_stats_enabled, or
     kbpf.statistics() in Python.
     """
     found, is_list = objects.listed(which, "program", _all, kbpf.Program.open)
-    objects.write(found, is_list, as_json, _fields, _text)
+    objects.write(found, is_list, as_json, objects.pins("program") if bpffs else None, _fields, _text)
 
 
 command.add_command(show, "list")
@@ -39,7 +40,7 @@ command.add_command(show, "list")
 
 @command.command("dump")
 @click.argument("what", type=click.Choice(["xlated", "jited"]))
-@click.argument("which", nargs=-1, required=True, metavar=SELECTOR)
+@click.argument("which", nargs=-1, required=True, metavar=PROGRAM_SELECTOR)
 @as_json
 def dump(what: str, which: tuple[str, ...], as_json: bool) -> None:
     """Print a program's instructions as they run: ``xlated``, or ``jited``, the native code.
@@ -91,18 +92,18 @@ def _fields(info: ProgramInfo) -> dict[str, Any]:
         fields["recursion_misses"] = info.recursion_misses
     fields |= {"loaded_at": _loaded_at(info), "uid": info.uid, "bytes_xlated": info.xlated_size}
     fields["jited"] = bool(info.jited_size)
-    for name, value in (
-        ("bytes_jited", info.jited_size),
-        ("bytes_memlock", info.memlock),
-        ("map_ids", list(info.map_ids)),
-        ("btf_id", info.btf_id),
-    ):
-        if value:
-            fields[name] = value
+    if info.jited_size:
+        fields["bytes_jited"] = info.jited_size
+    if info.memlock is not None:
+        fields["bytes_memlock"] = info.memlock
+    if info.map_ids:
+        fields["map_ids"] = list(info.map_ids)
+    if info.btf_id:
+        fields["btf_id"] = info.btf_id
     return fields
 
 
-def _text(info: ProgramInfo) -> str:
+def _text(info: ProgramInfo) -> tuple[list[str], list[str]]:
     fields = _fields(info)
     head = [f"{info.id}: {info.type}", *([f"name {info.name}"] if info.name else []), f"tag {fields['tag']}"]
     line = "  ".join([*head, *(["gpl"] if info.gpl_compatible else [])])
@@ -111,12 +112,12 @@ def _text(info: ProgramInfo) -> str:
     )
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(fields["loaded_at"]))
     sizes = [f"xlated {info.xlated_size}B", f"jited {info.jited_size}B" if info.jited_size else "not jited"]
-    if info.memlock:
+    if info.memlock is not None:
         sizes.append(f"memlock {info.memlock}B")
     if info.map_ids:
         sizes.append(f"map_ids {','.join(map(str, info.map_ids))}")
-    lines = [line, f"\tloaded_at {when}  uid {info.uid}", "\t" + "  ".join(sizes)]
-    return "\n".join([*lines, *([f"\tbtf_id {info.btf_id}"] if info.btf_id else [])])
+    lines = [line, f"loaded_at {when}  uid {info.uid}", "  ".join(sizes)]
+    return lines, [f"btf_id {info.btf_id}"] if info.btf_id else []
 
 
 def _loaded_at(info: ProgramInfo) -> int:

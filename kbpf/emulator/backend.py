@@ -418,6 +418,10 @@ class EmulatorBackend:
             raise refused(errno.ENOENT)
         return self._reopen(found, flags)
 
+    def pins(self, kind: ObjectKind) -> list[tuple[int, str]]:
+        of_kind = _OBJECTS[kind]
+        return [(found.id, path) for path, found in self._pins.items() if of_kind.get(found.id) is found]
+
     def open_by_id(self, kind: ObjectKind, id: int) -> int:
         found = _OBJECTS[kind].get(id)
         if isinstance(found, Map) and not found.users:

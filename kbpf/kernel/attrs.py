@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -89,6 +90,15 @@ class Info:
         field = self._layout.fields[name]
         return self._data[field.offset : field.offset + field.size * field.count]
 
+    def list(self, address: str, count: str) -> tuple[int, ...]:
+        """A list of u64 that the kernel writes elsewhere, asked for with a second call."""
+        length = self[count]
+        if not length or address not in self._layout.fields:
+            return ()
+        memory = syscall.Buffer(8 * length)
+        Info(self._layout.name, self._fd, **{address: memory.address, count: length})
+        return tuple(memoryview(memory.read()).cast("Q"))
+
     def string(self, address: str, length: str) -> str:
         """A C string that the kernel writes elsewhere, asked for with a second call; empty where there is none."""
         size = self[length]
@@ -112,6 +122,14 @@ def read_text(path: str) -> str | None:
         return Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def bpffs() -> list[str]:
+    """Where BPF file systems are mounted, as far as this process can see."""
+    mounts = [line.split(" ") for line in (read_text("/proc/self/mounts") or "").splitlines()]
+    # Blanks and such are written as \040.
+    places = [place for _, place, kind, *_ in mounts if kind == "bpf"]
+    return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place) for place in places]
 
 
 def _expect(fd: int, kind: str) -> None:

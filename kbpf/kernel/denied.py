@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kbpf.backend import LOCKED, SocketLike, refused_by_object
 from kbpf.kernel import probes
+from kbpf.kernel.attrs import bpffs
 from kbpf.kernel.sockets import socket_option
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
@@ -231,7 +232,7 @@ def _pin(operation: str, errno: int, path: str) -> tuple[str, ...]:
             f"the pin does not let this process in: mode {mode:04o} of user {found.st_uid}, it is user {os.geteuid()}",
             "chmod 0666 it, or 0644 for opening it read-only (BPF_F_RDONLY)",
         )
-    mounted = probes.bpffs()
+    mounted = next(iter(bpffs()), None)
     reason = "pins are made only on a BPF file system, under names without a dot"
     return (reason, f"one is mounted at {mounted}" if mounted else "mount one: mount -t bpf bpf /sys/fs/bpf")
 

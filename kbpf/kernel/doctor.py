@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from kbpf.isa import cbpf
 from kbpf.kernel import probes
+from kbpf.kernel.attrs import bpffs
 from kbpf.kernel.backend import kernel_backend
 from kbpf.kernel.bcc import find_bcc
 from kbpf.kernel.denied import explain_denied
@@ -69,7 +70,7 @@ def _circumstances() -> Iterator[Finding]:
         value = probes.read_text("/proc/sys/" + name.replace(".", "/"))
         if value is not None:
             yield Finding(name, "info", value)
-    place = probes.bpffs()
+    place = next(iter(bpffs()), None)
     if place is None:
         yield Finding(
             "BPF file system", "missing", "none is mounted: nothing can be pinned", "mount -t bpf bpf /sys/fs/bpf"

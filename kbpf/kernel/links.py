@@ -31,10 +31,10 @@ _STRINGS = {
     "perf_event.kprobe.func_name": "perf_event.kprobe.name_len",
     "perf_event.tracepoint.tp_name": "perf_event.tracepoint.name_len",
 }
-#: Members that say where lists go, and how long a path is.
-_POINTERS = {
+#: Members that say where lists of ``count`` u64 go.
+_LISTS = {
     "kprobe_multi": ("addrs", "cookies"),
-    "uprobe_multi": ("path_size", "offsets", "ref_ctr_offsets", "cookies"),
+    "uprobe_multi": ("offsets", "ref_ctr_offsets", "cookies"),
 }
 #: What a link to an iterator is over, by the iterator's name.
 _ITERATED = {
@@ -171,12 +171,14 @@ def _details(type: str, info: Info) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in STRUCTS["bpf_link_info"].fields:
         of, _, member = name.partition(".")
-        if of != type or member.endswith("_len") or member in _POINTERS.get(type, ()):
+        if of != type or member.endswith(("_len", "path_size")) or member in _LISTS.get(type, ()):
             continue
         if (length := _STRINGS.get(name)) is not None:
             found[member] = info.string(name, length)
         else:
             found[member.rpartition(".")[2]] = info[name]
+    if type in _LISTS:
+        found |= {member: info.list(f"{type}.{member}", f"{type}.count") for member in _LISTS[type]}
     if type == "iter":
         # Which of the members there are, the iterator's name says.
         kept = _ITERATED.get(str(found["target_name"]), ())

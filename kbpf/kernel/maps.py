@@ -88,7 +88,7 @@ class MapCommands:
             info["btf_key_type_id"],
             info["btf_value_type_id"],
             info["ifindex"],
-            int(file.get("memlock", 0)),
+            int(file["memlock"]) if "memlock" in file else None,
             file.get("frozen") == "1",
             "" if owner is None else PROGRAM_TYPE_NAMES.get(int(owner), owner),
             file.get("owner_jited") == "1",

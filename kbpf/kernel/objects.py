@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from kbpf.backend import ObjectKind
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, command
+from kbpf.kernel.attrs import Attr, Info, bpffs, command
 
 # How bpf(2) abbreviates them in its commands and attributes.
 _PREFIX = {"map": "map", "program": "prog", "link": "link", "btf": "btf"}
@@ -38,6 +39,19 @@ class ObjectCommands:
 
     def unpin(self, path: str) -> None:
         Path(path).unlink()
+
+    def pins(self, kind: ObjectKind) -> list[tuple[int, str]]:
+        found = []
+        folders = (folder for root in bpffs() for folder in os.walk(root))
+        for path in (str(Path(folder, name)) for folder, _, names in folders for name in names):
+            # A pin may go at any moment, and not all may be opened.
+            with suppress(OSError):
+                fd = self.open_pinned(path)
+                try:
+                    found.append((Info(f"bpf_{_PREFIX[kind]}_info", fd)["id"], path))
+                finally:
+                    os.close(fd)
+        return found
 
     def open_by_id(self, kind: ObjectKind, id: int) -> int:
         prefix = _PREFIX[kind]

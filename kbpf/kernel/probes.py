@@ -243,15 +243,6 @@ def lockdown() -> str | None:
     return next((word.strip("[]") for word in (text or "").split() if word.startswith("[")), None)
 
 
-def bpffs() -> str | None:
-    """Where a BPF file system is mounted: the first place that this process can see."""
-    for line in (read_text("/proc/self/mounts") or "").splitlines():
-        _, place, kind, *_ = line.split(" ")
-        if kind == "bpf":
-            return place
-    return None
-
-
 def _status() -> dict[str, str]:
     # Capabilities belong to the thread.
     text = read_text("/proc/thread-self/status") or ""

@@ -95,7 +95,7 @@ class ProgramCommands:
             info["attach_btf_id"],
             info["attach_btf_obj_id"],
             info["ifindex"],
-            int(file.get("memlock", 0)),
+            int(file["memlock"]) if "memlock" in file else None,
         )
 
     def program_code(self, fd: int, jited: bool = False) -> bytes:

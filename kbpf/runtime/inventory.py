@@ -40,6 +40,14 @@ def links(backend: str | None = None) -> Iterator[LinkInfo]:
     return _each(chosen, "link", "link", chosen.link_info)
 
 
+def pins(kind: ObjectKind, backend: str | None = None) -> dict[int, list[str]]:
+    """Where objects are pinned on the BPF file systems, by their ids, as far as this process may open the pins."""
+    found: dict[int, list[str]] = {}
+    for id, path in select(backend).pins(kind):
+        found.setdefault(id, []).append(path)
+    return found
+
+
 @contextmanager
 def statistics(backend: str | None = None) -> Iterator[None]:
     """Have the runs of all programs and their time counted in the block (BPF_ENABLE_STATS, Linux 5.8).

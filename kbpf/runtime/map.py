@@ -122,6 +122,25 @@ class Map(BpfMap, MutableMapping[Any, Any]):
             raise KeyError(key)
         return found if self._made is None else self._made(found)
 
+    def raw_value(self, key: bytes) -> bytes:
+        """The bytes of a value; of a per-CPU map all CPUs', each rounded up to 8. `KeyError` for a missing key."""
+        try:
+            return self._backend.map_lookup(self.fileno(), key, self.value_codec.size)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise KeyError(key) from None
+            raise self._failure(error, "look up a key in", "map_lookup_elem") from None
+
+    def raw_items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values as the bytes that they are, by batches where there are; see `raw_value`."""
+        key_size, value_size = self.shape.key_size, self.value_codec.size
+        for keys, values in self._chunks():
+            for index in range(len(keys) // key_size):
+                yield (
+                    keys[index * key_size : (index + 1) * key_size],
+                    values[index * value_size : (index + 1) * value_size],
+                )
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.update_element(key, value)
 

@@ -210,6 +210,7 @@ CAP_PERFMON = 38
 CAP_BPF = 39
 
 # Types of perf events, and what the kernel counts itself (linux/perf_event.h).
+PERF_TYPE_HARDWARE = 0
 PERF_TYPE_SOFTWARE = 1
 PERF_TYPE_TRACEPOINT = 2
 PERF_COUNT_SW_CPU_CLOCK = 0

@@ -190,7 +190,7 @@ def test_map_dump_shows_a_map_by_id(cli) -> None:
     ) as map:
         map[b"\1\2\3\4"] = bytes(7) + b"\xff"
         assert json.loads(cli("map", "dump", "id", str(map.id), "--json").out) == [
-            {"key": "01020304", "value": "00000000000000ff"}
+            {"key": ["0x01", "0x02", "0x03", "0x04"], "value": [*["0x00"] * 7, "0xff"]}
         ]
         assert cli("map", "dump", "id", str(map.id)).out.splitlines() == [
             "numbers (hash)",
@@ -209,7 +209,7 @@ def test_map_dump_shows_a_pinned_map(cli) -> None:
     ) as map:
         map.pin(str(path))
         try:
-            assert json.loads(cli("map", "dump", str(path), "--json").out)[0]["value"] == "00000000"
+            assert json.loads(cli("map", "dump", str(path), "--json").out)[0]["value"] == ["0x00"] * 4
         finally:
             path.unlink()
 

@@ -32,19 +32,100 @@ def test_set_and_get_an_element(cli, counters) -> None:
     which = ("id", str(counters.id))
     assert cli("map", "set", *which, "key", "-7", "value", "0x20")[:2] == (0, "")
     assert cli("map", "get", *which, "key", "-7").out == "32\n"
-    assert json.loads(cli("map", "get", *which, "key", "-7", "--json").out) == {"key": -7, "value": 32}
+    found = json.loads(cli("map", "get", *which, "key", "-7", "--json").out)
+    assert found["formatted"] == {"key": -7, "value": 32}
     # As bpftool takes them.
     assert cli("map", "get", *which, "key", "hex", "f9", "ff", "ff", "ff").out == "32\n"
     assert cli("map", "set", *which, "key", "1", "0", "0", "0", "value", "2", *"0000000").status == 0
     assert cli("map", "get", *which, "key", "1").out == "2\n"
 
 
+def bpftool(*arguments: str) -> Any:
+    done = subprocess.run(["bpftool", "-j", *arguments], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+INNER = kbpf.MapSpec(type="array", key_size=4, value_size=4, max_entries=1)
+
+
+@pytest.mark.requires("bpftool")
+@pytest.mark.parametrize(
+    ("type", "spec", "key", "value"),
+    [
+        ("hash", {**TYPED, "value_size": 8}, 1, 2),
+        ("hash", {"value_size": 5}, b"\1\0\0\2", b"hello"),
+        ("percpu_array", {**TYPED, "value_size": 8, "max_entries": 1}, 0, None),
+        ("percpu_hash", {"value_size": 3}, b"\1\0\0\2", None),
+        ("lpm_trie", {"key_size": 8, "value_size": 4, "flags": 1}, "10.0.0.0/8", b"\1\2\3\4"),
+        ("array_of_maps", {"value_size": 4, "inner": INNER, "max_entries": 1}, 0, "map"),
+        ("hash_of_maps", {"value_size": 4, "inner": INNER}, b"\0\0\0\1", "map"),
+        ("hash", {"value_size": 8}, None, None),
+    ],
+)
+def test_elements_are_dumped_as_bpftool_dumps_them(cli, type: str, spec: dict[str, Any], key: Any, value: Any) -> None:
+    spec = {"key_size": 4, "max_entries": 4} | spec
+    with made(type, **spec) as map, kbpf.Map.create(INNER, "kernel") as inner:
+        if map.per_cpu:
+            element = map.element_codec
+            value = [
+                element.decode(bytes([cpu + 1] * element.size))
+                for cpu in range(len(map.value_codec.decode(bytes(map.value_codec.size))))
+            ]
+        if key is not None:
+            map[key] = inner if value == "map" else value
+        which = ("id", str(map.id))
+        told, theirs = json.loads(cli("map", "dump", *which, "--json").out), bpftool("map", "dump", *which)
+        # It gives meaning only where BTF does.
+        for one in told if not map.info.btf_id else []:
+            one.pop("formatted", None)
+        assert told == theirs and [list(one) for one in told] == [list(one) for one in theirs]
+        for one in theirs:
+            data = ("key", "hex", *(byte.removeprefix("0x") for byte in one["key"]))
+            got = json.loads(cli("map", "get", *which, *data, "--json").out)
+            if not map.info.btf_id:
+                got.pop("formatted", None)
+            assert got == bpftool("map", "lookup", *which, *data)
+
+
+@pytest.mark.requires("bpftool")
+def test_the_next_of_a_queue_is_told_as_bpftool_tells_it(cli) -> None:
+    with made("queue", value_size=4, max_entries=2) as map:
+        map.push(b"\1\2\3\4")
+        which = ("id", str(map.id))
+        assert json.loads(cli("map", "get", *which, "--json").out) == bpftool("map", "peek", *which)
+
+
+def test_a_long_dump_is_written_while_it_is_read(cli) -> None:
+    entries = 2500
+    with made("hash", key_size=4, value_size=8, max_entries=entries, **TYPED) as map:
+        map.update_many({index: index for index in range(entries)})
+        which = ("id", str(map.id))
+        lines = cli("map", "dump", *which).out.splitlines()
+        assert lines[0] == "unnamed (hash)" and lines[1].split() == ["key", "value"]
+        assert sorted(int(line.split()[0]) for line in lines[2:]) == list(range(entries))
+        told = json.loads(cli("map", "dump", *which, "--json").out)
+        assert sorted(one["formatted"]["key"] for one in told) == list(range(entries))
+
+
+def test_a_dump_is_not_held_in_memory(cli, counters, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def endless(map: Any) -> Iterator[tuple[bytes, bytes]]:
+        while len(written) < 10:
+            yield bytes(4), bytes(8)
+        raise kbpf.BpfError(5, "read on")
+
+    monkeypatch.setattr(type(counters), "raw_items", endless)
+    monkeypatch.setattr("kbpf.cli.output.sys.stdout.write", written.append)
+    assert cli("map", "dump", "id", str(counters.id), "--json").status == 1
+    assert len(json.loads("".join(written) + "]")) == 10
+
+
 @pytest.mark.requires("bpftool")
 def test_what_is_set_bpftool_finds(cli, counters) -> None:
     id = str(counters.id)
     assert cli("map", "set", "id", id, "key", "258", "value", "7").status == 0
-    lookup = ["bpftool", "-j", "map", "lookup", "id", id, "key", "2", "1", "0", "0"]
-    found = json.loads(subprocess.run(lookup, capture_output=True, check=True).stdout)
+    found = bpftool("map", "lookup", "id", id, "key", "2", "1", "0", "0")
     assert found["formatted"] == {"key": 258, "value": 7}
 
 
@@ -82,7 +163,8 @@ def test_networks_and_bytes_are_keys_too(cli) -> None:
         which = ("id", str(map.id))
         assert cli("map", "set", *which, "key", "10.0.0.0/8", "value", "1").status == 0
         assert cli("map", "get", *which, "key", "10.1.2.3").out == "01000000\n"
-        assert json.loads(cli("map", "dump", *which, "--json").out) == [{"key": "10.0.0.0/8", "value": "01000000"}]
+        (element,) = json.loads(cli("map", "dump", *which, "--json").out)
+        assert element["formatted"] == {"key": "10.0.0.0/8", "value": "01000000"}
 
 
 def test_fields_have_names(cli) -> None:
@@ -94,7 +176,8 @@ def test_fields_have_names(cli) -> None:
         assert cli("map", "set", *which, "key", "1", "value", "packets=5", "drops=2").status == 0
         assert cli("map", "get", *which, "key", "1").out == "packets=5 drops=2\n"
         assert cli("map", "set", *which, "key", "0", "value", "3", "4").status == 0
-        assert json.loads(cli("map", "get", *which, "key", "0", "--json").out)["value"] == {"packets": 3, "drops": 4}
+        found = json.loads(cli("map", "get", *which, "key", "0", "--json").out)
+        assert found["formatted"]["value"] == {"packets": 3, "drops": 4}
 
 
 def test_each_processor_gets_the_value(cli) -> None:

@@ -129,6 +129,17 @@ def test_the_lists_have_the_fields_of_bpftools(cli, program: kbpf.Program) -> No
         MapSpec(type="array", key_size=4, value_size=4, max_entries=1, frozen=True),
         MapSpec(type="ringbuf", max_entries=4096, name="events"),
         MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=1),
+        # Which has no memory as long as it is empty.
+        MapSpec(type="lpm_trie", key_size=8, value_size=4, max_entries=1, flags=1),
+        MapSpec(type="percpu_array", key_size=4, value_size=4, max_entries=1, name="percpu"),
+        MapSpec(type="queue", value_size=4, max_entries=1),
+        MapSpec(
+            type="hash_of_maps",
+            key_size=4,
+            value_size=4,
+            max_entries=1,
+            inner=MapSpec(type="array", key_size=4, value_size=4, max_entries=1),
+        ),
     ],
     ids=lambda spec: spec.type,
 )
@@ -149,19 +160,38 @@ def test_map_show_has_what_bpftool_shows(cli, spec: MapSpec) -> None:
 
 
 @pytest.mark.requires("kernel", "bpftool")
-def test_link_show_has_what_bpftool_shows(cli) -> None:
-    spec = ProgramSpec(type="raw_tracepoint", instructions=RETURNS_0)
-    program = kbpf.load_program(spec, backend="kernel")
-    with program, program.attach(kbpf.RawTracepoint("sched_switch")) as link:
-        with kbpf.Link.open(fd=link.fileno(), backend="kernel") as opened:
-            id = opened.id
-        told = json.loads(cli("link", "show", "id", str(id), "--json").out)
-        assert told in json.loads(cli("link", "list", "--json").out)
-        # Newer kernels tell of a cookie.
-        assert told.pop("cookie") == 0
-        assert told == bpftool("link", "show", "id", str(id))
-        assert cli("link", "show", "id", str(id)).out.splitlines()[0] == f"{id}: raw_tracepoint  prog {program.id}"
-    assert cli("link", "show", "name", "x").status == 2
+def test_pins_are_shown_as_bpftool_shows_them(cli, program: kbpf.Program) -> None:
+    folder = Path(f"/sys/fs/bpf/kbpf-test {os.getpid()}")
+    folder.mkdir()
+    paths = [str(folder / "program"), str(folder / "map"), str(folder / "again")]
+    try:
+        program.pin(paths[0])
+        for path in paths[1:]:
+            program.maps[0].pin(path)
+        for kind, id, places in (("prog", program.id, paths[:1]), ("map", program.maps[0].id, paths[1:])):
+            told = json.loads(cli(kind, "show", "id", str(id), "--bpffs", "--json").out)
+            theirs = bpftool("-f", kind, "show", "id", str(id))
+            assert sorted(told["pinned"]) == sorted(theirs["pinned"]) == sorted(places)
+            assert list(told) == list(theirs)
+            lines = cli(kind, "show", "id", str(id), "-f").out.splitlines()
+            expected = text_of_bpftool("-f", kind, "show", "id", str(id))
+            assert sorted(lines) == sorted(expected)
+            assert ["pinned" in line for line in lines] == ["pinned" in line for line in expected]
+        assert "pinned" not in cli("prog", "show", "id", str(program.id)).out
+    finally:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@pytest.mark.requires("kernel", "bpftool")
+def test_a_program_is_named_by_its_tag(cli, program: kbpf.Program) -> None:
+    told = json.loads(cli("prog", "list", "tag", program.tag, "--json").out)
+    found = [one["id"] for one in (told if isinstance(told, list) else [told])]
+    theirs = bpftool("prog", "list", "tag", program.tag)
+    assert program.id in found and found == [one["id"] for one in (theirs if isinstance(theirs, list) else [theirs])]
+    assert "no program has the tag" in cli("prog", "show", "tag", "0" * 16).err
+    assert cli("map", "show", "tag", program.tag).status == 2
 
 
 @pytest.mark.requires("kernel", "bpftool")
@@ -210,7 +240,8 @@ def test_a_name_that_several_have_shows_them_all_and_opens_none(cli) -> None:
         while closed in kernel_backend().ids("map"):
             time.sleep(0.01)
         one[b"\1\0\0\0" if isinstance(next(iter(one), b""), bytes) else 1] = 2
-        assert json.loads(cli("map", "dump", "name", named.name, "--json").out) == [{"key": 1, "value": 2}]
+        (element,) = json.loads(cli("map", "dump", "name", named.name, "--json").out)
+        assert element["formatted"] == {"key": 1, "value": 2}
 
 
 def test_the_emulators_objects_have_the_same_fields(cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ RETURNS_1 = (Instruction(ebpf.ALU64 | ebpf.MOV, imm=1), EXIT)
 HASH = MapSpec(type="hash", key_size=4, value_size=8, max_entries=7, name="counts")
 PROGRAMS = MapSpec(type="prog_array", key_size=4, value_size=4, max_entries=1)
 #: What the emulator has no word for: memory, native code, and what the verifier did.
-UNSAID = {"memlock": 0, "jited_size": 0, "verified_instructions": 0}
+UNSAID = {"memlock": None, "jited_size": 0, "verified_instructions": 0}
 
 
 def uses_map(type: str = "socket_filter") -> ProgramSpec:
