@@ -149,6 +149,8 @@ def release(views: list[memoryview]) -> None:
 _HEAD, _TAIL = 128, 129
 _LOST, _SAMPLE = 2, 9
 _KIND = struct.Struct("=IHH")
+#: Bytes that the header of a sample is longer than those of runs.
+_MOVED = 4
 _WORD = 8
 #: Their sizes have 16 bits.
 _LONGEST_RECORD = 1 << 16
@@ -192,7 +194,9 @@ class PerfBuffer:
         if tail == head:
             return 0
         self._barrier()
-        taken = self._split(self._copy(tail, min(head - tail, max(most, _LONGEST_RECORD))), into)
+        size = min(head - tail, max(most, _LONGEST_RECORD))
+        # And as much of what follows as runs are moved by.
+        taken = self._split(self._copy(tail, size + _MOVED), size, into)
         self._barrier()
         self._page[_TAIL] = tail + taken
         return taken
@@ -202,21 +206,21 @@ class PerfBuffer:
         first = bytes(self._data[at : at + size])
         return first if len(first) == size else first + bytes(self._data[: size - len(first)])
 
-    def _split(self, data: bytes, into: list[Run]) -> int:
-        """Returns how many bytes there are of whole records.
+    def _split(self, data: bytes, size: int, into: list[Run]) -> int:
+        """Returns how many of `size` bytes are those of whole records.
 
         Samples are 12 bytes of header and size, and the data, which with the size is rounded up to 8 bytes.
         """
-        words, at = memoryview(data).cast("Q"), 0
-        while at < len(data):
+        whole, at = memoryview(data), 0
+        words = whole[:size].cast("Q")
+        while at < size:
             kind, _, stride = _KIND.unpack_from(data, at)
-            if at + stride > len(data):
+            if at + stride > size:
                 break
-            count = same_from(words, at // _WORD, stride // _WORD, (len(data) - at) // stride)
+            count = same_from(words, at // _WORD, stride // _WORD, (size - at) // stride)
             end = at + count * stride
             if kind == _SAMPLE:
-                # Moved by the 4 bytes that their header is longer than those of runs.
-                into.append(Run(data[at + 4 : end] + bytes(4), stride - 12, stride))
+                into.append(Run(whole[at + _MOVED : end + _MOVED], stride - HEADER - _MOVED, stride))
             elif kind == _LOST:
                 self.lost += sum(words[at // _WORD + 2 : end // _WORD : stride // _WORD])
             at = end

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 #: Bytes that are taken from a buffer at a time.
 _SOME = 1 << 18
+#: Events that are made at a time where they are given out one by one: too few for the interpreter to look for garbage
+#: among them (700 new objects make it do so), and they stay in the processor's cache.
+_AT_ONCE = 256
 #: Seconds until a record that a program is still writing is looked at again: it may be committed without a wakeup.
 _BUSY = 0.01
 #: The data of a perf buffer, where nothing is said.
@@ -213,7 +216,7 @@ class Events(Waiting):
         with self._using(), self._turn_by(deadline) as got:
             if not got:
                 return False
-            while not (self._ready or self._decode()):
+            while not (self._ready or self._decode(_AT_ONCE)):
                 self._check_open()
                 taken, again = self._look()
                 # What was discarded is no event, and may have hidden a wakeup.
@@ -248,20 +251,23 @@ class Events(Waiting):
                 again = _BUSY if again is None else min(again, _BUSY)
         return taken, again
 
-    def _decode(self) -> bool:
-        """Make events of what was taken, run by run; whether there are any."""
+    def _decode(self, most: int | None = None) -> bool:
+        """Make events of the next run that was taken, or of `most` records of it; whether there are any."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         while self._runs:
             buffer, run = self._runs.popleft()
+            if most is not None and len(run.data) > most * run.stride:
+                run, *rest = run.pieces(most)
+                self._runs.extendleft((buffer, piece) for piece in reversed(rest))
             made: list[Any] = []
             try:
                 buffer.decode(run, made)
             except Exception as error:
-                rest = run.after(len(made) + 1)
-                if rest is not None:
-                    self._runs.appendleft((buffer, rest))
+                behind = run.after(len(made) + 1)
+                if behind is not None:
+                    self._runs.appendleft((buffer, behind))
                 if not made:
                     raise
                 # The events before it come first.

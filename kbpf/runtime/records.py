@@ -20,7 +20,7 @@ HEADER = 8
 class Run(NamedTuple):
     """Records of one size, one after the other: of `stride` bytes each, `size` of them the data after a header."""
 
-    data: bytes
+    data: bytes | memoryview
     size: int
     stride: int
 
@@ -28,6 +28,11 @@ class Run(NamedTuple):
         """Without the first ones; None where there are no more."""
         rest = self.data[records * self.stride :]
         return self._replace(data=rest) if rest else None
+
+    def pieces(self, records: int) -> list[Run]:
+        """The same in runs of so many records at most."""
+        data, step = self.data, records * self.stride
+        return [self._replace(data=data[at : at + step]) for at in range(0, len(data), step)]
 
 
 #: Appends what a run's records are to a list; where one cannot be decoded, those before it, and raises.
@@ -76,7 +81,7 @@ def _one_by_one(made: Codec) -> Decoder:
     def decode(run: Run, into: list[Any]) -> None:
         _check(run, size)
         for at in range(HEADER, len(run.data), run.stride):
-            into.append(decode_one(run.data[at : at + size]))
+            into.append(decode_one(bytes(run.data[at : at + size])))
 
     return decode
 

@@ -130,6 +130,30 @@ def test_what_a_function_raises_comes_in_its_place(backend):
 
 
 @KINDS
+@pytest.mark.parametrize("at_once", [1, 2, 3, 256])
+def test_events_that_are_made_some_at_a_time_are_the_same(backend, code, at_once, monkeypatch):
+    monkeypatch.setattr("kbpf.runtime.events._AT_ONCE", at_once)
+
+    def parse(data):
+        number = int.from_bytes(data[:8], "little")
+        if number % 4 == 2:
+            raise LookupError(number)
+        return number
+
+    with sender(backend, code) as it, it.map.events(parse) as events:
+        for number in range(10):
+            it.send(number)
+        seen = []
+        for _ in range(8):
+            try:
+                seen.append(events.read(0))
+            except LookupError as error:
+                seen.append(error.args)
+        assert seen == [0, 1, (2,), 3, 4, 5, (6,), 7]
+        assert events.read_all() == [8, 9]
+
+
+@KINDS
 def test_the_ring_goes_on_at_its_start(backend, code):
     rng = Random(3)
     with sender(backend, code, 4096) as it, it.map.events(size=4096) as events:
@@ -497,6 +521,14 @@ def test_arrays_of_numpy(backend, code):
             with pytest.raises(TypeError):
                 events.read_array()
             assert events.read_array(dtype=numpy.dtype("<u8")).tolist() == [3]
+        with it.map.events("Q") as events:
+            for number in range(600):
+                it.send(number)
+            # What is made of the records already is not in the array.
+            assert events.read() == 0
+            rest = events.read_array()["f0"].tolist()
+            assert rest == list(range(600 - len(rest), 600)) != []
+            assert events.read_all() == list(range(1, 600 - len(rest)))
 
 
 @KINDS
