@@ -37,7 +37,7 @@ class EventWriter(Waiting):
             raise TypeError(f"{map.label} is of type {map.type}: user space writes to user_ringbuf")
         super().__init__(map._backend, f"a writer of {map.label}")
         spec = map.value_type if type is None else type
-        self._encode = bytes if spec is None else codec_for(spec).encode
+        self._encode = _bytes if spec is None else codec_for(spec).encode
         self._size = map.shape.max_entries
         self._views: list[memoryview] = []
         self._fd: int | None = None
@@ -113,3 +113,10 @@ class EventWriter(Waiting):
 
     def __repr__(self) -> str:
         return f"<EventWriter, {'closed' if self.closed else self.backend}>"
+
+
+def _bytes(record: Any) -> bytes:
+    try:
+        return bytes(memoryview(record))
+    except TypeError:
+        raise TypeError(f"{record!r} is no bytes: say what records are (Map.writer's type)") from None

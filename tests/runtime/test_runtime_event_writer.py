@@ -68,6 +68,16 @@ def test_bytes_of_any_length_go_around_the_ring(backend):
                 assert drained() == 5 << 16 | 5 * (number - 2)
 
 
+def test_a_number_is_no_bytes(backend):
+    with writing(backend) as (writer, drained):
+        for wrong in (5, "text", None, [1, 2]):
+            with pytest.raises(TypeError, match="say what records are"):
+                writer.write(wrong)
+        writer.write(memoryview(b"\1\0\0\0"))
+        writer.write(bytearray(b"\2\0\0\0"))
+        assert drained() == 2 << 16 | 3
+
+
 def test_a_full_ring_says_so_until_a_program_has_drained_it(backend):
     with writing(backend) as (writer, drained):
         for _ in range(PAGE // 256):
