@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from errno import EPERM
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.isa.ebpf import Instruction
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BackendName = Literal["kernel", "emulator"]
 #: What may run an emulated program: the interpreter, native code, or native code once the program has earned it.
 Engine = Literal["auto", "interpreter", "jit"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 #: What has ids; all but BTF have pins too.
 ObjectKind = Literal["map", "program", "link", "btf"]
 #: What a kernel may have or not.

@@ -12,7 +12,7 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kbpf.backend import Engine
+from kbpf.backend import ENGINES, Engine
 from kbpf.emulator.interpreter import Code, Context, Run, Subject
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import FUEL
@@ -60,7 +60,12 @@ def has_earned(code: Code, more: int = 0) -> bool:
 
 
 def check(engine: Engine) -> None:
-    """Raise `MissingDependencyError` if native code is asked for, and what makes it is not installed."""
+    """Raise `MissingDependencyError` if native code is asked for, and what makes it is not installed.
+
+    Raises `ValueError` for what is no engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: {engine!r} is none of {', '.join(ENGINES)}")
     if engine == "jit" and not _found():
         raise MissingDependencyError(f"llvmlite, which makes native code, is not installed: {_COMMAND}")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import compress, repeat
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from kbpf.backend import ENGINES
 from kbpf.errors import FilterError
 from kbpf.isa import cbpf
-from kbpf.runtime.packets import Packets, listed_packets
+from kbpf.runtime.packets import Packets, as_bytes, listed_packets, unsigned
 from kbpf.specs import FILE_LAYOUTS, FilterSpec, Layout
 
 if TYPE_CHECKING:
@@ -103,20 +105,23 @@ class Filter:
         the payload. `wirelen` is the packet's length on the wire where `packet` was cut; the default is all there is.
         `engine` is ``"interpreter"``, ``"jit"`` (native code), or ``"auto"``: native code once the filter has run often
         enough to earn it. Raises `FilterError` if the filter is invalid, and `MissingDependencyError` if native code is
-        asked for and llvmlite is not installed (``pip install 'kbpf[jit]'``).
+        asked for and llvmlite is not installed (``pip install 'kbpf[jit]'``), `ValueError` for a `wirelen` below 0.
         """
+        data = packet if isinstance(packet, bytes) else as_bytes(packet)
         if wirelen is None:
-            wirelen = len(packet)
+            wirelen = len(data)
+        elif not 0 <= (wirelen := index(wirelen)) < 1 << 64:
+            raise ValueError(f"a packet's length has up to 64 bits and no sign, {wirelen} is none")
         native = self._native if engine != "interpreter" else False
-        if native is None or (engine == "jit" and not native):
+        if native is None or engine not in ENGINES or (engine == "jit" and not native):
             native = self._compiled(engine)
         if native:
-            return native.one(bytes(packet), wirelen)
+            return native.one(data, wirelen)
         program = self._emulated or self._prepare()
         if self.layout.live:
-            prepared = self._packet(bytes(packet), wirelen)
+            prepared = self._packet(data, wirelen)
             return min(program.run_packet(prepared), prepared.length)
-        kept = program.run(bytes(packet), wirelen)
+        kept = program.run(data, wirelen)
         return kept if kept < wirelen else wirelen
 
     def match_all(
@@ -131,16 +136,17 @@ class Filter:
         `packets` are bytes objects, a `kbpf.Packets`, or an open capture, whose lengths on the wire are taken from
         it. The bytes are ready for `itertools.compress`. In native code that is one call; over `Packets` without the
         interpreter's lock. Raises `FilterError` if the filter is invalid, `ValueError` for `wirelens` of another
-        number than packets.
+        number than packets, or below 0.
         """
         if isinstance(packets, Packets):
             wirelens = packets.wirelens if wirelens is None else wirelens
         elif not isinstance(packets, list):
             packets, wirelens = listed_packets(packets, wirelens)
-        if wirelens is not None and len(wirelens) != len(packets):
-            raise ValueError(f"{len(wirelens)} lengths for {len(packets)} packets")
-        work = len(packets) * len(self.instructions)
-        native = self._native or (self._compiled(engine, work) if engine != "interpreter" else None)
+        if wirelens is not None:
+            wirelens = unsigned(wirelens)
+            if len(wirelens) != len(packets):
+                raise ValueError(f"{len(wirelens)} lengths for {len(packets)} packets")
+        native = None if engine == "interpreter" else self.native(engine, len(packets) * len(self.instructions))
         if not native:
             lengths: Iterable[int | None] = repeat(None) if wirelens is None else wirelens
             runs = zip(packets, lengths, strict=False)
@@ -150,7 +156,7 @@ class Filter:
         try:
             return native.over_list(packets, wirelens)
         except TypeError:
-            return native.over_list([bytes(packet) for packet in packets], wirelens)
+            return native.over_list([as_bytes(packet) for packet in packets], wirelens)
 
     def select(
         self,
@@ -169,7 +175,8 @@ class Filter:
 
         For what runs a filter over packets that it finds by itself (`kbpf.runtime.scanning`).
         """
-        return self._native or self._compiled(engine, work) or None
+        native = self._native
+        return native if native and engine in ENGINES else self._compiled(engine, work) or None
 
     def _compiled(self, engine: Engine, work: int = 0) -> NativeBatch | Literal[False] | None:
         """The filter in native code, if it is asked for or has earned it; False where there is none."""

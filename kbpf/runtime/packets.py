@@ -30,15 +30,15 @@ class Packets(Sequence[bytes]):
         wirelens: Sequence[int] | None = None,
     ) -> None:
         self.buffer = memoryview(buffer).cast("B")
-        starts = _numbers(offsets)
+        starts = unsigned(offsets)
         if sizes is None:
             if not starts:
                 raise ValueError("without sizes, offsets end with where the last packet ends")
             self.offsets = starts[:-1]
-            self.sizes = array("Q", (end - start for start, end in pairwise(starts)))
+            self.sizes = unsigned(end - start for start, end in pairwise(starts))
         else:
-            self.offsets, self.sizes = starts, _numbers(sizes)
-        self.wirelens = None if wirelens is None else _numbers(wirelens)
+            self.offsets, self.sizes = starts, unsigned(sizes)
+        self.wirelens = None if wirelens is None else unsigned(wirelens)
         for numbers in (self.sizes, self.wirelens):
             if numbers is not None and len(numbers) != len(self.offsets):
                 raise ValueError(f"{len(numbers)} lengths for {len(self.offsets)} packets")
@@ -73,7 +73,13 @@ def listed_packets(
     return [record.data for record in records], wirelens or [record.wirelen for record in records]
 
 
-def _numbers(values: Sequence[int]) -> array[int]:
+def as_bytes(packet: Any) -> bytes:
+    """A packet in any object of bytes; raises `TypeError` for what is none, such as a number."""
+    return bytes(memoryview(packet))
+
+
+def unsigned(values: Iterable[int]) -> array[int]:
+    """Offsets or lengths, in 64 bits each; raises `ValueError` for what does not fit."""
     try:
         # A copy: what was found to be inside the buffer stays so, whatever becomes of the caller's.
         return array("Q", values)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from kbpf.backend import Backend, Engine, TraceStep
+from kbpf.backend import ENGINES, Backend, Engine, TraceStep
 from kbpf.errors import BpfError, VerifierError
 from kbpf.info import ProgramInfo
 from kbpf.isa.ebpf import Instruction, decode
@@ -425,8 +425,8 @@ def load_program(
     `PermissionDeniedError` (CAP_BPF, and CAP_NET_ADMIN or CAP_PERFMON for types beyond socket filters), `ValueError`
     for maps that do not fit. Nothing stays open after an error.
     """
-    if engine not in ("auto", "interpreter", "jit"):
-        raise ValueError(f"engine: {engine!r} is none of auto, interpreter, jit")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: {engine!r} is none of {', '.join(ENGINES)}")
     chosen = select(backend, program_type=spec.type)
     made: list[BpfMap] = []
     try:

@@ -7,7 +7,9 @@ import mmap
 import tempfile
 import threading
 from array import array
+from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -93,7 +95,7 @@ def test_spans_of_a_buffer_and_of_a_mapped_file(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("offsets", "sizes"),
-    [([0, 11], None), ([11], [0]), ([3], [8]), ([1 << 63], [1 << 63]), ([], None), ([0, -1], None)],
+    [([0, 11], None), ([11], [0]), ([3], [8]), ([1 << 63], [1 << 63]), ([], None), ([0, -1], None), ([5, 3], None)],
 )
 def test_spans_outside_the_buffer_are_refused(engine: Engine, offsets: list[int], sizes: list[int] | None) -> None:
     with pytest.raises(ValueError, match=r"not inside|end with|from 0 on"):
@@ -149,3 +151,60 @@ def test_numbers_are_copied(engine: Engine) -> None:
         numbers[1] = 1 << 40
     assert list(packets) == [b"01234", b"56789"]
     assert kbpf.Filter([(6, 0, 0, 5)]).match_all(packets, engine=engine) == b"\1\1"
+
+
+class _Growing(Sequence[int]):
+    """Lengths that take their time: meanwhile the caller's list has grown."""
+
+    def __init__(self, lengths: list[int], meanwhile: Callable[[], object]) -> None:
+        self._lengths, self._meanwhile = lengths, meanwhile
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._meanwhile()
+        return self._lengths[index]
+
+
+def test_a_list_that_has_grown_gives_no_more_than_was_asked_for(engine: Engine) -> None:
+    packets = frames(10)
+    more = _Growing([len(packet) for packet in packets], lambda: packets.extend(frames(10)))
+    filter = kbpf.compile("ip")
+    native = filter.native("jit", 0)
+    assert native is not None
+    expected = one_by_one(filter, packets[:10])
+    assert native.over_list(packets, more) == expected
+    assert len(packets) > 10
+
+
+def test_numbers_that_have_become_fewer_are_an_error(engine: Engine) -> None:
+    packets = kbpf.Packets(b"0123456789", [0, 5, 10])
+    packets.sizes.pop()
+    with pytest.raises((ValueError, IndexError)):
+        kbpf.compile("ip").match_all(packets, engine=engine)
+
+
+@pytest.mark.parametrize("length", [-1, 1 << 64])
+def test_lengths_that_are_none_are_refused(engine: Engine, length: int) -> None:
+    filter = kbpf.compile("ip")
+    with pytest.raises(ValueError, match=r"no sign|from 0 on"):
+        filter.run(b"", length, engine=engine)
+    with pytest.raises(ValueError, match="from 0 on"):
+        filter.match_all([b""], [length], engine=engine)
+
+
+def test_numbers_are_no_packets_and_items_are_not_bytes(engine: Engine) -> None:
+    filter = kbpf.Filter([(0x80, 0, 0, 0), (0x16, 0, 0, 0)])
+    with pytest.raises(TypeError):
+        filter.match_all([5], engine=engine)  # type: ignore[list-item]
+    words = memoryview(bytes(8)).cast("I")
+    assert filter.run(words, engine=engine) == 8
+
+
+def test_what_is_no_engine_is_said(engine: Engine) -> None:
+    filter = kbpf.compile("ip")
+    filter.match_all([b""], engine=engine)
+    for attempt in (filter.run, lambda packet, engine: filter.match_all([packet], engine=engine)):
+        with pytest.raises(ValueError, match="engine: 'fast' is none of auto, interpreter, jit"):
+            attempt(b"", engine="fast")  # type: ignore[operator]

@@ -270,13 +270,17 @@ class Loops:
         return _OVER_SPANS_TYPE(compiled.address("over_spans")), compiled
 
     def over_list(self, session: Session, packets: list[bytes], wirelens: array[int], out: Any) -> int:
-        """Run over bytes objects; returns how many were done. Raises `TypeError` for what is none, `EmulationFault`."""
-        where = (ctypes.c_uint64 * 2)()
+        """Run over bytes objects; returns how many were done. Raises `TypeError` for what is none, `EmulationFault`.
+
+        `out` has room for as many as there are to be: the list may have grown since that was made, and if it has become
+        shorter, that is an `IndexError`.
+        """
+        where, count = (ctypes.c_uint64 * 2)(), len(out)
         if self._asks:
             # What Python does meanwhile, and other threads, may change the list.
             packets = list(packets)
-        with _fixed(wirelens) as lengths, _fixed(out) as results:
-            done: int = self._list[0](session.address, len(packets), lengths, results, packets, ctypes.addressof(where))
+        with _fixed(wirelens, count if wirelens else 0) as lengths, _fixed(out, count) as results:
+            done: int = self._list[0](session.address, count, lengths, results, packets, ctypes.addressof(where))
         session.finish(0)
         return done
 
@@ -284,14 +288,15 @@ class Loops:
         self, session: Session, buffer: Any, offsets: array[int], sizes: array[int], wirelens: array[int], out: Any
     ) -> int:
         """Run over spans of a buffer; returns how many were done, until one was not inside it. `EmulationFault`."""
+        count = len(out)
         with (
-            read_address(buffer) as base, _fixed(offsets) as starts, _fixed(sizes) as ends,
-            _fixed(wirelens) as lengths, _fixed(out) as results,
+            read_address(buffer) as base, _fixed(offsets, count) as starts, _fixed(sizes, count) as ends,
+            _fixed(wirelens, count if wirelens else 0) as lengths, _fixed(out, count) as results,
         ):  # fmt: skip
-            self._spanned += len(offsets)
+            self._spanned += count
             many = self._wide is not None and self._spanned > _MANY and gathers()
             function = self._gathered_spans[0] if many else self._spans[0]
-            done: int = function(session.address, len(offsets), lengths, results, base, len(buffer), starts, ends)
+            done: int = function(session.address, count, lengths, results, base, len(buffer), starts, ends)
         session.finish(0)
         return done
 
@@ -324,16 +329,16 @@ class NativeBatch:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""
         out = unwritten(len(packets))
         with self.session() as session:
-            self._loops.over_list(session, packets, numbers(wirelens, len(packets)), out)
+            self._loops.over_list(session, packets, numbers(wirelens, len(out)), out)
         return out
 
     def over_spans(self, buffer: Any, offsets: array[int], sizes: array[int], wirelens: Sequence[int] | None) -> bytes:
         """A 0 or 1 for each span. Raises `IndexError` for one that is not inside the buffer, `EmulationFault`."""
         out = unwritten(len(offsets))
         with self.session() as session:
-            lengths = numbers(wirelens, len(offsets))
+            lengths = numbers(wirelens, len(out))
             done = self._loops.over_spans(session, buffer, offsets, sizes, lengths, out)
-        if done < len(offsets):
+        if done < len(out):
             raise IndexError(f"packet {done} is not inside the buffer of {len(buffer)} bytes")
         return out
 
@@ -365,10 +370,15 @@ def numbers(values: Sequence[int] | None, count: int) -> array[int]:
 
 
 @contextmanager
-def _fixed(numbers: Any) -> Iterator[int]:
-    """Where they are in memory, which is not to change meanwhile; 0 for none."""
-    if not numbers:
+def _fixed(numbers: Any, count: int) -> Iterator[int]:
+    """Where `count` of them are in memory, which is not to change meanwhile; 0 for none.
+
+    Raises `ValueError` if they have become fewer.
+    """
+    if not count:
         yield 0
         return
     with read_address(numbers) as address:
+        if len(numbers) < count:
+            raise ValueError(f"{len(numbers)} numbers for {count} packets")
         yield address
