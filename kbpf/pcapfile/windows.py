@@ -5,7 +5,7 @@ Gzip and zstd are recognised by their first bytes; zstd needs the `zstd` extra.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import io
 import mmap
 import os
@@ -18,11 +18,32 @@ from typing import Any, BinaryIO
 
 from kbpf.errors import MissingDependencyError
 from kbpf.pcapfile.records import CaptureError
+from kbpf.pcapfile.stream import Readable
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _MADV_POPULATE_READ = 22
 #: Bytes that are read at a time.
 PIECE = 1 << 22
+
+
+class _Rest:
+    """A file of which the first bytes were read, from its beginning all the same, in pieces that are whole."""
+
+    def __init__(self, first: bytes, file: Readable) -> None:
+        self._first, self._file = first, file
+
+    def read(self, size: int) -> bytes:
+        parts, self._first = [self._first[:size]], self._first[size:]
+        left = size - len(parts[0])
+        while left:
+            data = self._file.read(left)
+            if data is None:
+                raise BlockingIOError(errno.EAGAIN, "a capture is read from a file that waits for its data")
+            if not data:
+                break
+            parts.append(data)
+            left -= len(data)
+        return b"".join(parts)
 
 
 class Windows:
@@ -39,16 +60,17 @@ class Windows:
         self._owned = False
         if isinstance(source, (str, os.PathLike)):
             self._owned = os.fspath(source) != "-"
-            opened = Path(source).open("rb") if self._owned else sys.stdin.buffer  # noqa: SIM115
-            file: Any = opened
+            file: Any = Path(source).open("rb") if self._owned else sys.stdin.buffer  # noqa: SIM115
         else:
-            file = source if hasattr(source, "peek") else io.BufferedReader(source)
+            file = source
         self._file = file
         try:
             self.size = _size(file)
-            magic = file.peek(4)[:4]
+            # A pipe may bring them one by one.
+            magic = _Rest(b"", file).read(4)
+            whole = _Rest(magic, file)
             self.compressed = magic[:2] == _GZIP or magic == _ZSTD
-            self._reader = _decompressed(file, magic) if self.compressed else file
+            self._reader = _decompressed(whole, magic) if self.compressed else whole
             if self.size and not self.compressed and self._owned:
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self.buffer, self.final = self._mapped, True
@@ -69,12 +91,18 @@ class Windows:
             return self.base + len(self.buffer)
 
     def populate(self, position: int, size: int) -> None:
-        """Have the pages of a mapped file ready, all at once rather than one by one when they are touched."""
+        """Have the pages of a mapped file ready, all at once rather than one by one when they are touched.
+
+        Raises `CaptureError` where somebody has cut the file off meanwhile: pages behind its end may not be touched.
+        """
         if self._mapped is not None:
             start = position - position % mmap.PAGESIZE
-            with contextlib.suppress(OSError):
+            try:
                 # Linux 5.14.
                 self._mapped.madvise(_MADV_POPULATE_READ, start, min(size + mmap.PAGESIZE, self.size - start))
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    raise CaptureError("the file has become shorter while it was read", position) from None
 
     def more(self, position: int) -> None:
         """Drop what lies before `position` of the buffer, and read on; raises `CaptureError` for bad compression."""
@@ -114,11 +142,11 @@ def _size(file: Any) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _decompressed(file: BinaryIO, magic: bytes) -> Any:
+def _decompressed(file: Any, magic: bytes) -> Any:
     if magic[:2] == _GZIP:
         import gzip
 
-        return gzip.GzipFile(fileobj=file)
+        return gzip.GzipFile(fileobj=file, mode="rb")
     try:
         import zstandard
     except ImportError:
