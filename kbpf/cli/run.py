@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import click
@@ -25,7 +25,7 @@ _LONG = 1 << 28
 @click.argument("filter", metavar="EXPR|OBJECT")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--program", metavar="NAME", help="Which of OBJECT's programs to run.")
-@click.option("-w", "write", metavar="OUT", help="Write the packets that match to OUT, in the files' own format.")
+@click.option("-w", "write", metavar="OUT", help="Write the packets that match to OUT, as they were read.")
 @click.option("--count", "count_only", is_flag=True, help="Print how many packets match, and nothing else.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Files to go through at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
@@ -41,8 +41,9 @@ def command(
     """Run an expression, or a program in an OBJECT file, over captures: pcap or pcapng, plain, gzip or zstd.
 
     Prints how many packets there were and how many matched: of a program, those that it returned other than 0 for, how
-    often it returned what, and its maps; it runs in the emulator. - is standard input. Of a file that is cut off or
-    corrupt, what can be read is counted and written before the error is said.
+    often it returned what, and its maps; it runs in the emulator. As FILE, - is standard input, and as OUT standard
+    output; the rest goes to standard error then. Of a file that is cut off or corrupt, what can be read is counted and
+    written before the error is said.
     """
     what = _object(filter)
     if program is not None and not (isinstance(what, CollectionSpec) and program in what.programs):
@@ -54,18 +55,25 @@ def command(
             result = run_capture(what, files, program=program, write=write, executor=executor, progress=progress)
     except CaptureError as error:
         damage, result = error, error.result or CaptureResult(0, 0)
-    if count_only and not as_json:
-        click.echo(str(result.matched))
-    elif as_json:
-        held = result.maps.items()
-        maps = {name: [{"key": plain(k), "value": plain(v)} for k, v in elements.items()] for name, elements in held}
-        click.echo(json.dumps({**result._asdict(), "maps": maps, "elapsed": round(time.monotonic() - start, 3)}))
-    else:
-        click.echo(f"{result.matched:,} of {result.packets:,} packets match")
-        if not isinstance(what, str):
-            show(_tables(result, what))
+    # Packets that go to standard output are alone there.
+    with redirect_stdout(sys.stderr) if write == "-" else nullcontext():
+        if count_only and not as_json:
+            click.echo(str(result.matched))
+        elif as_json:
+            maps = {
+                name: [{"key": plain(key), "value": plain(value)} for key, value in held.items()]
+                for name, held in result.maps.items()
+            }
+            click.echo(json.dumps({**result._asdict(), "maps": maps, "elapsed": round(time.monotonic() - start, 3)}))
+        else:
+            click.echo(f"{result.matched:,} of {result.packets:,} packets match")
+            if not isinstance(what, str):
+                show(_tables(result, what))
     if damage is not None:
-        raise damage
+        *before, last = damage, *damage.others
+        for each in before:
+            click.echo(f"kbpf: {each}", err=True)
+        raise last
 
 
 def _object(filter: str) -> str | CollectionSpec:

@@ -10,17 +10,21 @@ from kbpf.errors import KbpfError
 class CaptureError(KbpfError, ValueError):
     """A capture file is not one, is cut off or is corrupt; `offset` is the byte where that was seen.
 
-    `result` is what came out of the file before, where `kbpf.run_capture` raised it.
+    Where `kbpf.run_capture` raised it, `file` is the file's name, if it was given by name, `result` what came out of
+    all files, and `others` are the errors of other files.
     """
 
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message, offset)
         self.message = message
         self.offset = offset
+        self.file: str | None = None
         self.result: Any = None
+        self.others: list[CaptureError] = []
 
     def __str__(self) -> str:
-        return f"{self.message} (at byte {self.offset})"
+        where = "" if self.file is None else f"{self.file}: "
+        return f"{where}{self.message} (at byte {self.offset})"
 
 
 class Interface(NamedTuple):

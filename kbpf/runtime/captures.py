@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 from kbpf.errors import FilterError
@@ -20,7 +21,7 @@ from kbpf.runtime.codecs import total
 from kbpf.runtime.collection import Collection
 from kbpf.runtime.filter import Filter, compile
 from kbpf.runtime.program import Program
-from kbpf.runtime.scanning import Output, Scanner
+from kbpf.runtime.scanning import Output, Scanner, hidden, is_file
 from kbpf.specs import FILE_LAYOUTS, CollectionSpec, FilterSpec
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def run_capture(
 
     With `write`, the matching packets are written to that file, in the order of `paths` and in the files' own format,
     each record as it was; of pcapng files all other blocks are kept, too. Files of different formats, byte orders, link
-    types or resolutions cannot be written into one pcap file. The file gets its name when it is whole: after an error
-    it is not there, or still the old one.
+    types or resolutions cannot be written into one pcap file (`KbpfError`). The file gets its name when it is whole:
+    after an error it is not there, or still the old one. What is there and no regular file, such as a pipe, is written
+    to as it is, and so is ``"-"``, standard output.
 
     With `executor`, any of concurrent.futures' or one that behaves like it, each file is a task, and its result is
     added up here; the files must then be named by path, and where the tasks run. A program is given by its collection's
@@ -72,8 +74,8 @@ def run_capture(
     many bytes of the files have been gone through since the last time; with `executor`, whenever a file is done.
 
     Raises `FilterError` for an expression or a link type that cannot be filtered. For a file that is cut off or corrupt
-    `CaptureError`, with the offset in the file (after decompression): what came before has been counted and written,
-    and the error's `result` says how much that was; files behind it were not read, where there is no `executor`.
+    `CaptureError`, with the offset in the file (after decompression): what came before, and the other files, have been
+    counted and written, and the error's `result` says how much that was.
     """
     sources = _listed(paths)
     if executor is not None:
@@ -84,17 +86,22 @@ def run_capture(
         scanner = Scanner(_no_filter, engine, progress, filter)
     else:
         scanner = Scanner(_filters(filter), engine, progress)
-    damage: CaptureError | None = None
+    damage: list[CaptureError] = []
     with Output(write) as output, scanner:
-        try:
-            for source in sources:
+        for source in sources:
+            try:
                 scanner.file(source, output)
-        except CaptureError as error:
-            damage = error
-    result = CaptureResult(scanner.packets, scanner.matched, dict(scanner.values), scanner.refused)
-    if damage is not None:
-        damage.result = result
-        raise damage
+            except CaptureError as error:
+                damage.append(error)
+    return _whole(CaptureResult(scanner.packets, scanner.matched, dict(scanner.values), scanner.refused), damage)
+
+
+def _whole(result: CaptureResult, damage: list[CaptureError]) -> CaptureResult:
+    """The result of files that were in order; raises the first of the errors otherwise."""
+    if damage:
+        first, *damage[0].others = damage
+        first.result = result
+        raise first
     return result
 
 
@@ -179,31 +186,40 @@ def _spread(
     if isinstance(filter, Program):
         raise ValueError("with an executor, a program is given by its collection's spec")
     task = filter.spec if isinstance(filter, Filter) else filter
-    parts = [None if write is None else f"{os.fspath(write)}.part{number}" for number in range(len(paths))]
-    pairs = list(zip(paths, parts, strict=True))
-    running = [executor.submit(_part, task, path, program, part, engine) for path, part in pairs]
-    result = CaptureResult(0, 0)
-    damage: CaptureError | None = None
-    try:
-        with Output(write) as output:
-            for future, (path, part) in zip(running, pairs, strict=True):
-                done, error = future.result()
-                result = _added(result, done)
-                damage = damage or error
+    with TemporaryDirectory() as spare:
+        parts = _parts(write, spare, len(paths))
+        pairs = list(zip(paths, parts, strict=True))
+        running = [executor.submit(_part, task, path, program, part, engine) for path, part in pairs]
+        result, damage = CaptureResult(0, 0), list[CaptureError]()
+        try:
+            with Output(write) as output:
+                for future, (path, part) in zip(running, pairs, strict=True):
+                    done, error = future.result()
+                    result = _added(result, done)
+                    damage += [error] if error is not None else []
+                    # Of a file that is no capture there is none.
+                    if part is not None and (error is None or Path(part).exists()):
+                        output.append(part)
+                    if progress is not None:
+                        progress(Path(path).stat().st_size)
+        finally:
+            for future in running:
+                # What a task writes is to be there before it is removed.
+                if not future.cancel():
+                    future.exception()
+            for part in parts:
                 if part is not None:
-                    output.append(part)
-                if progress is not None:
-                    progress(Path(path).stat().st_size)
-    finally:
-        for future in running:
-            future.cancel()
-        for part in parts:
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
-    if damage is not None:
-        damage.result = result
-        raise damage
-    return result
+                    Path(part).unlink(missing_ok=True)
+    return _whole(result, damage)
+
+
+def _parts(write: str | os.PathLike[str] | None, spare: str, count: int) -> list[str] | list[None]:
+    """Where tasks write: beside the wanted file, or in the directory `spare` where that is no regular file."""
+    if write is None:
+        return [None] * count
+    path = Path(write)
+    base = hidden(path.resolve() if is_file(path) else Path(spare, "out"), spare)
+    return [f"{base}.part{number}" for number in range(count)]
 
 
 def _added(one: CaptureResult, other: CaptureResult) -> CaptureResult:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from kbpf.emulator.jit.buffers import read_address
 from kbpf.emulator.jit.scan import FAULTED, FULL, INCOMPLETE, PYTHONS, REACHED, Scan, Way, gather, loop
-from kbpf.errors import FilterError
+from kbpf.errors import FilterError, KbpfError
 from kbpf.pcapfile import pcap, pcapng
 from kbpf.pcapfile.records import CaptureError, Interface, Record
 from kbpf.pcapfile.stream import MAX_RECORD, Stream
@@ -121,6 +121,8 @@ class Scanner:
         #: How often the program returned what, and how many packets were none for it.
         self.values: Counter[int] = Counter()
         self.refused = 0
+        #: Whether a filter runs in native code.
+        self.in_native_code = False
         self._runners: dict[int, _Runner] = {}
         self._stack = ExitStack()
 
@@ -135,6 +137,13 @@ class Scanner:
 
     def file(self, source: str | os.PathLike[str] | BinaryIO, output: Output) -> None:
         """Go through one file; raises `CaptureError` behind what can be read, `EmulationFault`, `FilterError`."""
+        try:
+            self._file(source, output)
+        except CaptureError as error:
+            error.file = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+            raise
+
+    def _file(self, source: str | os.PathLike[str] | BinaryIO, output: Output) -> None:
         with Windows(source) as windows:
             view = _View(windows.buffer, 0)
             stream = Stream(view)
@@ -162,6 +171,7 @@ class Scanner:
             filter = self._filter_of(dlt)
             work = len(filter) * size // _MEAN_PACKET if size else _ENDLESS
             native = None if self._engine == "interpreter" else filter.native(self._engine, work)
+            self.in_native_code |= native is not None
             session = None if native is None else self._stack.enter_context(native.session())
             self._runners[dlt] = _Runner(filter, native, session)
         return self._runners[dlt]
@@ -319,7 +329,8 @@ class _Walk:
     def write(self) -> None:
         """Write what has been noted."""
         if self._count and self._spans is not None:
-            self._output.spans(self._windows.buffer, self._spans, self._count)
+            copy = self._output.gathered_spans if self._scanner.in_native_code else self._output.spans
+            copy(self._windows.buffer, self._spans, self._count)
         self._count = 0
 
 
@@ -361,12 +372,16 @@ class _ProgramWalk(_Walk):
 class Output:
     """The file that matching records are copied to; it gets its name when the block ends without a failure.
 
-    `path` may be None: nothing is written.
+    Where no file was a capture there is nothing to write, not even a header: what has the name stays.
+
+    `path` may be None: nothing is written. ``"-"`` is standard output; that, and what is there and no regular file (a
+    pipe, a terminal, /dev/null), is written to as it is. A symbolic link stays one.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._file: BinaryIO | None = None
+        self._unfinished: Path | None = None
         self._kind: tuple[object, ...] | None = None
 
     @property
@@ -374,35 +389,56 @@ class Output:
         return self._path is not None
 
     def __enter__(self) -> Output:
-        if self._path is not None:
-            self._unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}.{id(self):x}")
+        if self._path is None:
+            return self
+        if is_file(self._path):
+            self._path = self._path.resolve()
+            self._unfinished = hidden(self._path, self)
             self._file = self._unfinished.open("xb", buffering=0)
+        elif str(self._path) == "-":
+            sys.stdout.flush()
+            self._file = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+        else:
+            self._file = self._path.open("wb", buffering=0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None or self._path is None:
+        if self._file is None:
             return
         self._file.close()
-        if kind is None:
-            self._unfinished.replace(self._path)
-        else:
-            self._unfinished.unlink(missing_ok=True)
+        if self._unfinished is not None and self._path is not None:
+            if kind is None and self._kind is not None:
+                self._unfinished.replace(self._path)
+            else:
+                self._unfinished.unlink(missing_ok=True)
 
     def begin(self, kind: tuple[object, ...], header: bytes) -> None:
-        """Another file of a format begins; raises `CaptureError` if it cannot be written behind those before."""
+        """Another file of a format begins; raises `KbpfError` if it cannot be written behind those before."""
         if self._kind is None:
             self._kind = kind
             self._put(header)
         elif kind != self._kind and self._file is not None:
-            raise CaptureError(f"the captures are of different kinds: {_words(self._kind)}, and {_words(kind)}", 0)
+            raise KbpfError(f"the captures are of different kinds: {_words(self._kind)}, and {_words(kind)}")
 
     def span(self, buffer: Any, start: int, end: int) -> None:
         self._put(memoryview(buffer)[start:end])
 
     def spans(self, buffer: Any, spans: Any, count: int) -> None:
-        """Copy `count` pairs of offsets of a buffer."""
+        """Copy what lies between `count` pairs of offsets of a buffer."""
+        part = bytearray()
+        with memoryview(buffer) as view:
+            for start, end in zip(spans[: 2 * count : 2], spans[1 : 2 * count : 2], strict=True):
+                with view[start:end] as span:
+                    part += span
+                if len(part) >= _COPIED:
+                    self._put(part)
+                    part.clear()
+        self._put(part)
+
+    def gathered_spans(self, buffer: Any, spans: Any, count: int) -> None:
+        """`spans` in native code."""
         room, used = bytearray(_COPIED), ctypes.c_uint64()
         done = 0
         with read_address(buffer) as base, memoryview(buffer) as view, memoryview(room) as copied:
@@ -440,6 +476,16 @@ class Output:
             while done < len(view):
                 with view[done:] as rest:
                     done += self._file.write(rest) or 0
+
+
+def is_file(path: Path) -> bool:
+    """Whether what is written there is or becomes a regular file, rather than going through a pipe or to a device."""
+    return str(path) != "-" and (path.is_file() or not path.exists())
+
+
+def hidden(path: Path, owner: object) -> Path:
+    """The name of a file beside another one that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{id(owner):x}")
 
 
 def _words(kind: tuple[object, ...]) -> str:

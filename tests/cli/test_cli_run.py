@@ -81,3 +81,21 @@ def test_run_runs_a_program_and_shows_its_maps(cli, capture: Path, tmp_path: Pat
     assert {row["key"]: row["value"] for row in both["maps"]["bytes"]} == {k: 2 * v for k, v in counted.items()}
     assert "bytes (array" in cli("run", object, str(capture)).out
     assert cli("run", object, str(capture), "--program", "no").status == 2
+
+
+def test_run_writes_packets_alone_to_standard_output(capture: Path) -> None:
+    command = [sys.executable, "-c", "from kbpf.cli.main import main; main()", "run", "arp", str(capture), "-w", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    with open_capture(done.stdout) as records:
+        assert len(list(records)) == expected(capture)
+    assert done.stderr == f"{expected(capture)} of 200 packets match\n".encode()
+
+
+def test_run_names_every_file_that_is_damaged(cli, capture: Path, tmp_path: Path) -> None:
+    cut, empty = tmp_path / "cut", tmp_path / "empty"
+    cut.write_bytes(capture.read_bytes()[:-5])
+    empty.write_bytes(b"")
+    for jobs in ("1", "3"):
+        done = cli("run", "", str(cut), str(empty), str(capture), "--count", "--jobs", jobs)
+        assert (done.status, done.out) == (1, "399\n")
+        assert [line.split(": ")[1] for line in done.err.splitlines()] == [str(cut), str(empty)]

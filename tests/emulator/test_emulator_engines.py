@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +134,24 @@ print("llvmlite" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script, engine], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (loaded, "")
+
+
+@pytest.mark.parametrize("engine", ["auto", "interpreter"])
+def test_captures_are_filtered_and_written_without_llvmlite(engine: str, tmp_path: Path) -> None:
+    """Not only is none asked for: there is none."""
+    script = """
+import sys
+sys.modules["llvmlite"] = None
+import kbpf
+from kbpf.pcapfile import PcapWriter, open_capture
+engine, path, out = sys.argv[1:]
+with PcapWriter(path) as writer:
+    for number in range(100):
+        writer.write(bytes([number]) * 60)
+result = kbpf.run_capture("ether[0] & 1 = 1", path, write=out, engine=engine)
+with open_capture(out) as capture:
+    print(result.matched, sum(record.data[0] for record in capture))
+"""
+    command = [sys.executable, "-c", script, engine, str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"50 {sum(range(1, 100, 2))}\n", "")

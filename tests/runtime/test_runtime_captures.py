@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import gzip
 import io
 import os
+import select
+import stat
 import struct
 import subprocess
+import time
 from pathlib import Path
 from random import Random
 
@@ -16,8 +20,9 @@ import pytest
 import kbpf
 from kbpf.backend import Engine
 from kbpf.elf import read_object
-from kbpf.errors import FilterError
+from kbpf.errors import FilterError, KbpfError
 from kbpf.pcapfile import CaptureError, PcapWriter, open_capture
+from kbpf.pcapfile.windows import Windows
 from kbpf.runtime.captures import CaptureResult, run_capture
 from kbpf.testing.generate_packets import frame
 
@@ -238,8 +243,11 @@ def test_files_of_different_kinds_are_not_written_into_one(engine: Engine, tmp_p
     one, other, out = tmp_path / "one", tmp_path / "other", tmp_path / "out"
     one.write_bytes(FILES["pcap"])
     other.write_bytes(FILES["pcap big-endian"])
-    with pytest.raises(CaptureError, match="different kinds"):
-        run_capture(EXPRESSION, [one, other], write=out, engine=engine)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for executor in (None, pool):
+            with pytest.raises(KbpfError, match="different kinds"):
+                run_capture(EXPRESSION, [one, other], write=out, engine=engine, executor=executor)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "other"]
 
 
 def test_a_failure_leaves_no_half_written_file(tmp_path: Path) -> None:
@@ -260,7 +268,8 @@ def test_what_is_no_capture_is_said(tmp_path: Path) -> None:
     for data in (b"", b"\x01", b"hello world"):
         path.write_bytes(data)
         with pytest.raises(CaptureError, match="no pcap or pcapng"):
-            run_capture("tcp", path)
+            run_capture("tcp", path, write=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
     with pytest.raises(FileNotFoundError):
         run_capture("tcp", tmp_path / "missing")
 
@@ -301,3 +310,100 @@ def test_counters_of_all_parts_are_added_up(tmp_path: Path) -> None:
         assert run_capture(collection, paths, executor=executor) == whole
     assert whole.packets == 900
     assert whole.maps
+
+
+@ENGINES
+def test_a_damaged_file_is_named_and_the_others_are_gone_through(engine: Engine, tmp_path: Path) -> None:
+    cut, empty, good, out = tmp_path / "cut", tmp_path / "empty", tmp_path / "good", tmp_path / "out"
+    cut.write_bytes(FILES["pcap"][:-3])
+    empty.write_bytes(b"")
+    good.write_bytes(FILES["pcap"])
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for executor in (None, pool):
+            with pytest.raises(CaptureError, match=f"^{cut}: the file ends within a packet.*at byte") as caught:
+                run_capture("", [cut, empty, good], write=out, engine=engine, executor=executor)
+            assert caught.value.result == CaptureResult(599, 599)
+            assert [error.file for error in caught.value.others] == [str(empty)]
+            with open_capture(out) as capture:
+                assert len(list(capture)) == 599
+
+
+@ENGINES
+def test_open_files_stay_open(engine: Engine, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path, whole = tmp_path / "in", FILES["pcap"]
+    for data in (whole, gzip.compress(whole), zstandard.compress(whole)):
+        path.write_bytes(data)
+        with path.open("rb") as buffered, path.open("rb", buffering=0) as raw, io.BytesIO(data) as held:
+            for file in (buffered, raw, held):
+                assert run_capture("", file, engine=engine).packets == 300
+                gc.collect()
+                assert not file.closed
+
+
+def test_a_pipe_that_brings_byte_after_byte_is_recognised() -> None:
+    data = gzip.compress(FILES["pcap"])
+    reading, writing = os.pipe()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, os.fdopen(reading, "rb", buffering=0) as reader:
+
+        def feed() -> None:
+            with os.fdopen(writing, "wb", buffering=0) as writer:
+                for number in range(6):
+                    writer.write(data[number : number + 1])
+                    while select.select([reading], [], [], 0)[0]:
+                        time.sleep(0.001)
+                writer.write(data[6:])
+
+        pool.submit(feed)
+        assert run_capture("", reader).packets == 300
+
+
+def test_a_file_without_data_at_the_moment_is_not_at_its_end() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.write(writing, FILES["pcap"][:1000])
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb"), pytest.raises(BlockingIOError):
+        run_capture("", reader)
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
+    """Not the signal that touching it would be."""
+    path = tmp_path / "in"
+    path.write_bytes(bytes(3 << 20))
+    with Windows(path) as windows:
+        os.truncate(path, 100)
+        with pytest.raises(CaptureError, match="shorter"):
+            windows.populate(1 << 20, 1 << 20)
+
+
+@ENGINES
+def test_what_is_no_regular_file_is_written_to_and_links_stay(engine: Engine, tmp_path: Path) -> None:
+    path, fifo, link, target = (tmp_path / name for name in ("in", "fifo", "link", "target"))
+    path.write_bytes(FILES["pcap"])
+    link.symlink_to("target")
+    os.mkfifo(fifo)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for executor in (None, pool):
+            read = pool.submit(fifo.read_bytes)
+            run_capture("", path, write=fifo, engine=engine, executor=executor)
+            assert read.result() == FILES["pcap"]
+            assert stat.S_ISFIFO(fifo.stat().st_mode)
+            run_capture("", path, write=link, engine=engine, executor=executor)
+            assert link.is_symlink()
+            assert target.read_bytes() == FILES["pcap"]
+            target.unlink()
+
+
+def test_parts_have_names_of_their_own_and_go(tmp_path: Path) -> None:
+    """Nobody else's file is overwritten, and after an error no task leaves one."""
+    paths, out, other = [tmp_path / f"{n}" for n in range(3)], tmp_path / "out", tmp_path / "out.part0"
+    for path in paths:
+        path.write_bytes(FILES["pcap"])
+    other.write_bytes(b"mine")
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        run_capture("", paths, write=out, executor=executor)
+        assert other.read_bytes() == b"mine"
+        out.unlink()
+        with pytest.raises(FileNotFoundError):
+            run_capture("", [tmp_path / "missing", *paths], write=out, engine="interpreter", executor=executor)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "out.part0"]
