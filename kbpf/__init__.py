@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.maps.keyless import BloomFilter, Queue, Stack
     from kbpf.runtime.packets import Packets
     from kbpf.runtime.program import Program, RunResult, load_program
+    from kbpf.runtime.reuseport import ReuseportLink, attach_reuseport
     from kbpf.specs import (
         CollectionSpec,
         FilterSpec,
@@ -79,12 +80,14 @@ _HOMES = {
     "ProgramSpec": "specs",
     "Queue": "runtime.maps.keyless",
     "RawTracepoint": "specs",
+    "ReuseportLink": "runtime.reuseport",
     "RunResult": "runtime.program",
     "SocketLink": "runtime.link",
     "Stack": "runtime.maps.keyless",
     "Tracepoint": "specs",
     "Uprobe": "specs",
     "attach": "runtime.attach",
+    "attach_reuseport": "runtime.reuseport",
     "attached_programs": "runtime.interface",
     "bcc": "",
     "compile": "runtime.filter",
@@ -142,6 +145,7 @@ __all__ = [
     "ProgramSpec",
     "Queue",
     "RawTracepoint",
+    "ReuseportLink",
     "RunResult",
     "SocketLink",
     "Stack",
@@ -149,6 +153,7 @@ __all__ = [
     "Uprobe",
     "VerifierError",
     "attach",
+    "attach_reuseport",
     "attached_programs",
     "bcc",
     "compile",

@@ -139,7 +139,9 @@ def detach_reuseport(socket: Any) -> None:
 
 
 def _shares_port(socket: Any) -> InetEndpoint:
-    """`OSError` EINVAL for sockets that never share a port."""
+    """`OSError` EINVAL for sockets that never share a port, EBADF once they are closed."""
+    if isinstance(socket, InetEndpoint) and socket.closed:
+        raise error(errno.EBADF)
     if not isinstance(socket, InetEndpoint) or socket.proto not in (6, 17):
         raise error(errno.EINVAL)
     return socket

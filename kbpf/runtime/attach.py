@@ -43,7 +43,7 @@ def attach(
     (EBADF, ENOTSOCK, ENOMEM when it is larger than ``net.core.optmem_max`` allows). What was attached before stays
     when it fails.
     """
-    carrier = _backend_for(socket, what, backend)
+    carrier = backend_for(socket, what, backend)
     if carrier.name == "emulator":
         from kbpf.emulator.sockets import wrap
 
@@ -151,7 +151,8 @@ def is_emulated(socket: Any) -> bool:
     return module is not None and module.is_emulated(socket)
 
 
-def _backend_for(socket: Any, what: str | Filter | Program, backend: str | None) -> Backend:
+def backend_for(socket: Any, what: str | Filter | Program, backend: str | None) -> Backend:
+    """`backend_of`; `ValueError` for a program of the other one."""
     carrier = backend_of(socket, backend)
     if isinstance(what, Program) and what.backend != carrier.name:
         raise _mixed(what, carrier)

@@ -25,6 +25,7 @@ from kbpf.uapi import constants as uapi
 if TYPE_CHECKING:
     from kbpf.runtime.event_link import EventLink
     from kbpf.runtime.link import BpfLink, IteratorLink, Link, SocketLink
+    from kbpf.runtime.reuseport import ReuseportLink
     from kbpf.specs import EventSource
 
 # The context structure that BPF_PROG_TEST_RUN takes and gives, by program type.
@@ -317,7 +318,7 @@ class Program(Resource):
     def attach(self, target: EventSource, *, cookie: int = 0) -> EventLink: ...
 
     @overload
-    def attach(self, target: Any, *, drain: bool | None = None) -> SocketLink: ...
+    def attach(self, target: Any, *, drain: bool | None = None) -> SocketLink | ReuseportLink: ...
 
     def attach(
         self,
@@ -359,6 +360,9 @@ class Program(Resource):
         another hook has that priority, ERANGE for the first and the last of all, and with `defragment` for those up to
         -400, E2BIG for more than 1,024 there.
 
+        ``sk_reuseport``: to the sockets that share a port with this one; see `kbpf.attach_reuseport`. Gives a
+        `ReuseportLink`.
+
         Tracing types: to an event, one of `Tracepoint`, `RawTracepoint`, `Uprobe` and `PerfEvent`; `cookie` is what the
         program gets from bpf_get_attach_cookie. In the emulator they happen when `kbpf.emulator.fire` says so.
 
@@ -380,6 +384,7 @@ class Program(Resource):
             attach_to_namespace,
             attach_to_netfilter,
         )
+        from kbpf.runtime.reuseport import attach_reuseport
 
         if self.type in TYPES:
             if drain is not None or mode is not None:
@@ -395,6 +400,10 @@ class Program(Resource):
             return attach_to_netfilter(self, target)
         if is_source(target):
             return attach_event(self, target, cookie)
+        if self.type == "sk_reuseport":
+            if drain is not None:
+                raise TypeError("what a group of sockets has received stays")
+            return attach_reuseport(target, self)
         return attach(target, self, drain=drain)
 
     def pin(self, path: str) -> None:
