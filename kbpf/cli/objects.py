@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from kbpf.runtime.backends import select_for_socket
 #: What stands on the command line for an object.
 SELECTOR = "id N | pinned PATH | name NAME"
 PROGRAM_SELECTOR = "id N | pinned PATH | name NAME | tag TAG"
+
+# As strtoul(3) reads it, but for octal.
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|0|[1-9][0-9]*")
 
 Told = TypeVar("Told", MapInfo, ProgramInfo, LinkInfo)
 
@@ -32,14 +36,16 @@ def selector(which: tuple[str, ...], kind: str = "") -> tuple[str, str]:
 
     Programs also have a ``tag``.
     """
-    if len(which) == 1:
+    words = ("pinned", "name", "tag") if kind == "program" else ("pinned", "name")
+    if len(which) == 1 and which[0] not in ("id", *words):
         return "pinned", which[0]
-    if len(which) == 2 and which[0] in ("pinned", "name"):
+    if len(which) == 2 and which[0] in words:
         return which[0], which[1]
-    if len(which) == 2 and which[0] == "id" and which[1].isdecimal():
-        return which[0], which[1]
-    if len(which) == 2 and which[0] == "tag" and kind == "program":
-        return which[0], which[1]
+    if len(which) == 2 and which[0] == "id" and _NUMBER.fullmatch(which[1]):
+        number = int(which[1], 0)
+        if number >> 32:
+            raise click.UsageError(f"An id has 32 bits, {which[1]} does not fit.")
+        return "id", str(number)
     raise click.UsageError(f"Name it as {PROGRAM_SELECTOR if kind == 'program' else SELECTOR}.")
 
 
@@ -49,7 +55,8 @@ def found_by(infos: Iterable[Told], kind: str, how: str, what: str) -> list[Told
     def matches(info: Told) -> bool:
         if how == "tag":
             return isinstance(info, ProgramInfo) and info.tag.hex() == what.lower()
-        return not isinstance(info, LinkInfo) and info.name == object_name(what)
+        # As a user gave it, or, with letters that are none in C, as it is shown.
+        return not isinstance(info, LinkInfo) and info.name in (object_name(what), what)
 
     found = list(filter(matches, infos))
     if not found:

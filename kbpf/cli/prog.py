@@ -51,8 +51,7 @@ def dump(what: str, which: tuple[str, ...], as_json: bool) -> None:
     with kbpf.Program.open(**chosen, backend=objects.backend()) as program:
         lines = list(program.listing() if what == "xlated" else _native(program))
     if as_json:
-        key = "disasm" if what == "xlated" else "operation"
-        click.echo(json.dumps([{key: text} if what == "xlated" else {"pc": hex(at), key: text} for at, text in lines]))
+        click.echo(json.dumps([{"disasm": text} if what == "xlated" else _parts(at, text) for at, text in lines]))
         return
     for at, text in lines:
         click.echo(f"{at:4}: {text}" if what == "xlated" else f"{at:4x}:\t{text}")
@@ -60,6 +59,12 @@ def dump(what: str, which: tuple[str, ...], as_json: bool) -> None:
 
 def _all() -> Iterator[ProgramInfo]:
     return kbpf.programs(objects.backend())
+
+
+def _parts(at: int, text: str) -> dict[str, Any]:
+    """An instruction of native code."""
+    operation, _, operands = text.partition(" ")
+    return {"pc": hex(at), "operation": operation, "operands": operands.split(", ") if operands else []}
 
 
 def _native(program: kbpf.Program) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from kbpf.backend import LOCKED, SocketLike, refused_by_object
@@ -228,6 +229,8 @@ def _pin(operation: str, errno: int, path: str) -> tuple[str, ...]:
         if found is None or not path:
             return ("the file system's permissions: pins are made with mode 0600, for their owner",)
         mode = stat.S_IMODE(found.st_mode)
+        if not stat.S_ISREG(found.st_mode) or not _on_bpffs(found):
+            return ("it is no pin: those are files on a BPF file system",)
         return (
             f"the pin does not let this process in: mode {mode:04o} of user {found.st_uid}, it is user {os.geteuid()}",
             "chmod 0666 it, or 0644 for opening it read-only (BPF_F_RDONLY)",
@@ -235,6 +238,12 @@ def _pin(operation: str, errno: int, path: str) -> tuple[str, ...]:
     mounted = next(iter(bpffs()), None)
     reason = "pins are made only on a BPF file system, under names without a dot"
     return (reason, f"one is mounted at {mounted}" if mounted else "mount one: mount -t bpf bpf /sys/fs/bpf")
+
+
+def _on_bpffs(file: os.stat_result) -> bool:
+    with suppress(OSError):
+        return any(Path(place).stat().st_dev == file.st_dev for place in bpffs())
+    return True  # One of them may not be looked at.
 
 
 def _socket_option(operation: str, errno: int, socket: SocketLike | None) -> tuple[str, ...]:

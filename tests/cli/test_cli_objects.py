@@ -16,9 +16,11 @@ import pytest
 import kbpf
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.kernel.attrs import command
 from kbpf.kernel.backend import kernel_backend
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing.btf_bytes import BtfBytes
+from kbpf.uapi.enums import MAP_TYPES
 
 EXIT = Instruction(ebpf.JMP | ebpf.EXIT)
 RETURNS_0 = (Instruction(ebpf.ALU64 | ebpf.MOV), EXIT)
@@ -209,8 +211,8 @@ def test_prog_dump_lists_native_code(cli, program: kbpf.Program) -> None:
         pytest.skip("the listing is that of x86-64")
     told = json.loads(cli("prog", "dump", "jited", "id", str(program.id), "--json").out)
     assert told[0]["pc"] == "0x0"
-    operations = [one["operation"] for one in told]
-    assert "push rbp" in operations
+    assert ("push", ["rbp"]) in [(one["operation"], one["operands"]) for one in told]
+    assert ("mov", ["rbp", "rsp"]) in [(one["operation"], one["operands"]) for one in told]
     starts = [int(one["pc"], 16) for one in told]
     assert starts == sorted(set(starts)) and program.info.jited_size - 15 <= starts[-1] < program.info.jited_size
 
@@ -221,9 +223,29 @@ def test_what_there_is_not_is_said_in_a_line(cli) -> None:
         done = cli(kind, "show", "id", str(2**31))
         assert (done.status, done.out) == (1, "")
         assert "ENOENT" in done.err
-        assert cli(kind, "show", "id", "x").status == 2
+        for wrong in ("x", "-1", "010", str(2**32), "9" * 40, "\u00b2"):
+            assert cli(kind, "show", "id", wrong).status == 2
+        assert cli(kind, "show", "id").status == 2
     for kind in ("prog", "map"):
         assert "is called" in cli(kind, "show", "name", "no_such").err
+
+
+@pytest.mark.requires("kernel", "bpftool")
+def test_an_id_may_be_hexadecimal(cli, program: kbpf.Program) -> None:
+    assert json.loads(cli("prog", "show", "id", hex(program.id), "--json").out)["id"] == program.id
+    assert bpftool("prog", "show", "id", hex(program.id))["id"] == program.id
+
+
+@pytest.mark.requires("kernel")
+def test_names_that_others_gave_with_letters_of_latin_1_are_found(cli) -> None:
+    name = f"caf\u00e9{os.getpid()}"
+    sizes = {"key_size": 4, "value_size": 4, "max_entries": 1}
+    fd = command("map_create", map_type=MAP_TYPES["hash"], map_name=name.encode("latin-1"), **sizes)
+    try:
+        assert json.loads(cli("map", "show", "name", name, "--json").out)["name"] == name
+        assert f"name {name} " in cli("map", "show", "name", name).out
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.requires("kernel")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import kbpf
 from kbpf.kernel import denied, probes
 from kbpf.kernel.backend import KernelBackend
 from kbpf.kernel.denied import explain_denied
@@ -321,6 +322,15 @@ def test_a_pin_of_somebody_else_shows_its_mode(nobody: Runner, bpffs: Path, kern
         finally:
             subprocess.run(["umount", bound], check=True)
     assert done.stdout == "the pin does not let this process in: mode 0600 of user 0, it is user 65534\n", done.stderr
+
+
+@pytest.mark.requires("kernel")
+def test_what_is_no_pin_is_no_question_of_its_mode(tmp_path: Path, bpffs: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", bpffs):
+        with pytest.raises(kbpf.PermissionDeniedError) as caught:
+            kbpf.BpfMap.open(path=str(path), backend="kernel")
+        assert caught.value.hints == ("it is no pin: those are files on a BPF file system",)
 
 
 @pytest.mark.requires("kernel")
