@@ -26,20 +26,25 @@ _ATTR = struct.Struct("=IIQQQQQI")
 _ATTR_SIZE = 112
 _PERF_TYPE_SOFTWARE, _PERF_COUNT_SW_BPF_OUTPUT, _PERF_SAMPLE_RAW = 1, 10, 1 << 10
 _PERF_EVENT_IOC_ENABLE = 0x2400
-_ONLINE = Path("/sys/devices/system/cpu/online")
+_ONLINE = "/sys/devices/system/cpu/online"
 #: epoll_wait(2) counts milliseconds in an int.
 _LONGEST = 1e6
+
+
+def cpu_numbers(path: str) -> list[int]:
+    """The numbers in a file of /sys such as ``0-3,8``."""
+    numbers: list[int] = []
+    for part in Path(path).read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 class EventCommands:
     """The buffers' part of the backend."""
 
     def online_cpus(self) -> list[int]:
-        numbers: list[int] = []
-        for part in _ONLINE.read_text().strip().split(","):
-            first, _, last = part.partition("-")
-            numbers.extend(range(int(first), int(last or first) + 1))
-        return numbers
+        return cpu_numbers(_ONLINE)
 
     def perf_buffer(self, cpu: int, pages: int = 8, wakeup: int = 1) -> int:
         """How many `pages` there are is decided where the event is mapped. Linux 4.4."""

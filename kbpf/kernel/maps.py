@@ -11,7 +11,6 @@ import mmap
 import struct
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from kbpf.backend import Batch, object_name
@@ -19,6 +18,7 @@ from kbpf.info import MapInfo
 from kbpf.kernel import syscall
 from kbpf.kernel.attrs import Attr, Info, command, fdinfo
 from kbpf.kernel.btf import loaded_btf, read_btf
+from kbpf.kernel.events import cpu_numbers
 from kbpf.kernel.programs import TYPE_NAMES as PROGRAM_TYPE_NAMES
 from kbpf.kernel.tokens import command_with_token
 from kbpf.specs import MapSpec
@@ -30,10 +30,8 @@ _TYPE_NAMES = {number: name for name, number in MAP_TYPES.items()}
 
 @cache
 def possible_cpus() -> int:
-    """Processors that may ever come online: the slots of a per-CPU value."""
-    ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
-    # "0-3" or "0": the last number says how far the numbering goes.
-    return int(ranges[-1].split("-")[-1]) + 1
+    """How many processors may ever come online: the slots of a per-CPU value. Numbers that none has take no slot."""
+    return len(cpu_numbers("/sys/devices/system/cpu/possible"))
 
 
 class MapCommands:

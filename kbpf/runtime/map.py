@@ -16,10 +16,10 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbpf.backend import Backend
-from kbpf.errors import ENOTSUPP, BpfError
+from kbpf.errors import ENOTSUPP, BpfError, PermissionDeniedError
 from kbpf.runtime.maps.base import BpfMap, Shape
 from kbpf.runtime.maps.snapshot import Snapshot
-from kbpf.uapi.constants import BPF_ANY, BPF_F_RDONLY_PROG, BPF_NOEXIST
+from kbpf.uapi.constants import BPF_ANY, BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG, BPF_NOEXIST
 
 if TYPE_CHECKING:
     from kbpf.runtime.maps.watch import Change
@@ -346,11 +346,16 @@ class Map(BpfMap, MutableMapping[Any, Any]):
         no program, and loses what is added between its lookup and its update.) A missing key begins at 0. Of a per-CPU
         map the value of the processor is added to that this happens to run on: the sum counts. Numbers wrap around.
 
-        Raises `TypeError` for values that are no such number, `MapFullError`, `PermissionDeniedError`, `VerifierError`
-        for maps that programs may not write, and `KeyError` behind the end of an array.
+        Raises `TypeError` for values that are no such number and for LPM tries, in which a program finds the longest
+        prefix and not the key's own, `MapFullError`, `PermissionDeniedError` also for maps that programs may not read
+        and write, and `KeyError` behind the end of an array.
         """
         if self.shape.value_size not in (4, 8) or not self.holds_data:
             raise TypeError(f"values of {self.label} are no numbers of 4 or 8 bytes")
+        if barred := self.shape.flags & (BPF_F_RDONLY_PROG | BPF_F_WRONLY_PROG):
+            name = "BPF_F_RDONLY_PROG" if barred == BPF_F_RDONLY_PROG else "BPF_F_WRONLY_PROG"
+            hint = f"a program does the adding, which may not read and write the map ({name})"
+            raise PermissionDeniedError(errno.EACCES, f"add in {self.label}", (hint,))
         encoded, amount = self._key(key), by & (1 << 64) - 1
         adder = self._adder_program()
         while adder.run(context=amount.to_bytes(8, sys.byteorder) + encoded).value:

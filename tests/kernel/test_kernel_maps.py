@@ -16,6 +16,7 @@ from kbpf.backend import object_name
 from kbpf.errors import ENOTSUPP
 from kbpf.info import MapInfo
 from kbpf.kernel.backend import KernelBackend
+from kbpf.kernel.maps import possible_cpus
 from kbpf.specs import MapSpec
 from kbpf.uapi.constants import BPF_ANY, BPF_EXIST, BPF_F_NO_PREALLOC, BPF_F_NUMA_NODE, BPF_NOEXIST
 
@@ -127,6 +128,17 @@ def test_elements_of_an_array_cannot_be_deleted(kernel: KernelBackend, keep: Kee
         kernel.map_update(fd, u32(4), u64(0))
     with refused(ENOTSUPP):
         kernel.map_lookup_and_delete(fd, u32(0), 8)
+
+
+@pytest.mark.parametrize(("text", "count"), [("0", 1), ("0-3", 4), ("0-1,4-5", 4), ("0,2,4-7", 6)])
+def test_numbers_that_no_processor_has_take_no_slot(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel has it (for_each_possible_cpu in bpf_percpu_hash_copy), and libbpf_num_possible_cpus."""
+    possible_cpus.cache_clear()
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: f"{text}\n")
+    try:
+        assert possible_cpus() == count
+    finally:
+        possible_cpus.cache_clear()
 
 
 def test_a_per_cpu_value_has_a_slot_of_eight_bytes_for_every_possible_cpu(kernel: KernelBackend, keep: Keep) -> None:

@@ -14,7 +14,7 @@ from kbpf.backend import Batch
 from kbpf.errors import ENOTSUPP
 from kbpf.runtime.backends import get_backend
 from kbpf.runtime.maps.watch import change
-from kbpf.uapi.constants import BPF_F_RDONLY_PROG
+from kbpf.uapi.constants import BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 
 
 def of(backend, type="hash", max_entries=8, key="I", value="Q", **spec):
@@ -196,6 +196,24 @@ class Traffic:
     name: Annotated[bytes, "4s"]
     packets: Annotated[int, "I"]
     bytes: Annotated[int, "Q"]
+
+
+@pytest.mark.parametrize("flag", [BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_programs_may_not_read_and_write_is_not_incremented(backend, flag, there):
+    with of(backend, flags=flag) as map:
+        if there:
+            map[1] = 5
+        with pytest.raises(kbpf.PermissionDeniedError, match="_PROG"):
+            map.increment(1)
+        assert map.get(1) == (5 if there else None)
+
+
+def test_the_prefix_that_a_program_finds_may_be_another(backend):
+    with of(backend, "lpm_trie", key=None, key_size=8, flags=BPF_F_NO_PREALLOC) as map:
+        map["10.0.0.0/8"] = 5
+        with pytest.raises(TypeError, match="longest prefix"):
+            map.increment("10.1.0.0/16")
 
 
 def test_watching_gives_what_changed(backend):

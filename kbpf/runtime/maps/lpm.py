@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import struct
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Any
+from typing import Any, NoReturn
 
 from kbpf.runtime.codecs import Codec
 from kbpf.runtime.map import Map
@@ -47,6 +47,10 @@ class LpmTrie(Map):
                 raise
             return default
         return value
+
+    def increment(self, key: Any, by: int = 1) -> NoReturn:
+        """Raises `TypeError`: a program, which does the adding, finds the longest prefix, and not the key's own."""
+        raise TypeError(f"a program finds the longest prefix in {self.label}, which may be another than the key")
 
     def _hints(self, number: int, operation: str) -> tuple[str, ...]:
         if number == errno.EINVAL and operation in ("map_update_elem", "map_delete_elem"):
