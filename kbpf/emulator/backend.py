@@ -1,26 +1,22 @@
-"""The emulator as a backend: descriptors over maps and programs, and bpf(2)'s commands on them.
+"""The emulator as a backend: bpf(2)'s commands on maps, programs, BTF and pins, and the other parts put together.
 
-Descriptors are numbers from `FIRST_DESCRIPTOR` on, so that one taken for a real file descriptor is nothing. An object
-lives as long as a descriptor, a pin or another object holds it. Pins are the process's own, under the paths of the BPF
-file system.
+Pins are the process's own, under the paths of the BPF file system.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from struct import Struct
-from typing import Any, Literal, TypeAlias
+from typing import Any
 from weakref import WeakValueDictionary
 
 from kbpf.asm.ebpf_listing import helper_name
 from kbpf.backend import (
     Answer,
-    Attached,
     BackendName,
     Batch,
     Engine,
@@ -33,29 +29,25 @@ from kbpf.backend import (
     TraceStep,
     refused_by_object,
 )
-from kbpf.emulator import cgroup_links, cgroups, links, maps, network, sockets, test_runs, trace
+from kbpf.emulator import cgroups, links, maps, network, test_runs, trace
 from kbpf.emulator.attached import attach, query
 from kbpf.emulator.btf import BTFS, Btf, described
 from kbpf.emulator.clock import run_due
 from kbpf.emulator.environment import environment
+from kbpf.emulator.link_commands import LinkCommands
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.file import MapFile, release
 from kbpf.emulator.maps.perf import PerfBuffer, PerfCounter, PerfReading
 from kbpf.emulator.maps.ringbuf import Ring
-from kbpf.emulator.program import PROGRAMS, ClassicProgram, Program
+from kbpf.emulator.program import PROGRAMS, Program
+from kbpf.emulator.socket_calls import SocketCalls
 from kbpf.emulator.statistics import Switch
 from kbpf.emulator.waiting import Waiter
-from kbpf.errors import FilterError
-from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo, TaskEvent
-from kbpf.isa import cbpf
-from kbpf.specs import EventSource, Layout, MapSpec, Netfilter, ProgramSpec
+from kbpf.info import BtfInfo, MapInfo, ProgramInfo, TaskEvent
+from kbpf.specs import EventSource, MapSpec, ProgramSpec
 from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 
-FIRST_DESCRIPTOR = 1 << 20
 PIN_ROOT = "/sys/fs/bpf/"
-
-
-Handle: TypeAlias = "MapFile | Program | PerfBuffer | PerfCounter | links.Link | cgroups.Group | Btf | Switch"
 
 _OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {
     "map": MAPS,
@@ -63,13 +55,9 @@ _OBJECTS: dict[ObjectKind, WeakValueDictionary[int, Any]] = {
     "link": links.LINKS,
     "btf": BTFS,
 }
-#: What counts its descriptors.
-_COUNTING = (MapFile, links.Link, Switch)
-#: The type of programs that each place for links takes.
-LINKED = {"xdp": "xdp", "tcx_ingress": "sched_cls", "tcx_egress": "sched_cls"}
 
 
-class EmulatorBackend:
+class EmulatorBackend(LinkCommands, SocketCalls):
     """`kbpf.backend.Backend` in user space."""
 
     name: BackendName = "emulator"
@@ -78,9 +66,8 @@ class EmulatorBackend:
 
     def __init__(self, engine: Engine = "auto") -> None:
         """`engine` is what runs programs that are loaded without naming one."""
+        super().__init__()
         self._engine = engine
-        self._handles: dict[int, Handle] = {}
-        self._numbers = itertools.count(FIRST_DESCRIPTOR)
         self._pins: dict[str, Map | Program | links.Link] = {}
 
     def possible_cpus(self) -> int:
@@ -88,78 +75,6 @@ class EmulatorBackend:
 
     def online_cpus(self) -> list[int]:
         return list(range(environment.cpus))
-
-    def close(self, fd: int) -> None:
-        handle = self._handle(fd)
-        try:
-            run_due()
-        finally:
-            del self._handles[fd]
-            if isinstance(handle, _COUNTING):
-                handle.closed()
-
-    def duplicate(self, fd: int) -> int:
-        return self._open(self._handle(fd))
-
-    # Descriptors.
-
-    def is_open(self, fd: int) -> bool:
-        """Whether this is a descriptor of the emulator's."""
-        return fd in self._handles
-
-    def program(self, fd: int) -> Program:
-        """The program behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd)
-        if not isinstance(found, Program):
-            raise refused(errno.EINVAL)
-        return found
-
-    def program_by_id(self, id: int) -> Program:
-        """The program with an id; ENOENT."""
-        found = PROGRAMS.get(id)
-        if found is None:
-            raise refused(errno.ENOENT)
-        return found
-
-    def link(self, fd: int) -> links.Link:
-        """The link behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd)
-        if not isinstance(found, links.Link):
-            raise refused(errno.EINVAL)
-        return found
-
-    def map_file(self, fd: int) -> MapFile:
-        """The map behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd)
-        if not isinstance(found, MapFile):
-            raise refused(errno.EINVAL)
-        return found
-
-    def map(self, fd: int) -> Map:
-        return self.map_file(fd).map
-
-    def perf_event_of(self, fd: int) -> PerfBuffer | PerfCounter:
-        """The buffer or counter behind a descriptor; EBADF or EINVAL."""
-        found = self._handle(fd)
-        if not isinstance(found, PerfBuffer | PerfCounter):
-            raise refused(errno.EINVAL)
-        return found
-
-    def _handle(self, fd: int) -> Handle:
-        handle = self._handles.get(fd)
-        if handle is None:
-            raise refused(errno.EBADF)
-        return handle
-
-    def _open(self, handle: Handle) -> int:
-        fd = next(self._numbers)
-        self._handles[fd] = handle
-        if isinstance(handle, _COUNTING):
-            handle.opened()
-        return fd
-
-    def _reopen(self, found: Map | Program | links.Link, flags: int = 0) -> int:
-        return self._open(MapFile(found, flags) if isinstance(found, Map) else found)
 
     # Maps.
 
@@ -422,6 +337,9 @@ class EmulatorBackend:
         of_kind = _OBJECTS[kind]
         return [(found.id, path) for path, found in self._pins.items() if of_kind.get(found.id) is found]
 
+    def _reopen(self, found: Map | Program | links.Link, flags: int = 0) -> int:
+        return self._open(MapFile(found, flags) if isinstance(found, Map) else found)
+
     def open_by_id(self, kind: ObjectKind, id: int) -> int:
         found = _OBJECTS[kind].get(id)
         if isinstance(found, Map) and not found.users:
@@ -436,145 +354,6 @@ class EmulatorBackend:
         if kind == "map" and any(not found.users for found in list(MAPS.values())):
             _let_go()
         return sorted(_OBJECTS[kind])
-
-    # Links.
-
-    def link_create(
-        self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
-    ) -> int:
-        found = self.program(program)
-        if attach_type.startswith("cgroup_"):
-            cgroup_links.check(found, attach_type, flags)
-            with network.current().lock:
-                group = self._group(target)
-                there = cgroup_links.attach(found, group, attach_type, flags, relative, revision, self)
-                return self._open(there)
-        if attach_type not in LINKED:
-            raise OSError(errno.EOPNOTSUPP, f"the emulator does not attach programs to {attach_type} yet")
-        if found.type != LINKED[attach_type]:
-            raise refused(errno.EINVAL)
-        with network.current().lock:
-            device = network.current().by_index(target)
-            if attach_type == "xdp":
-                if device is None:
-                    raise refused(errno.EINVAL)
-                made: links.Link = links.attach_xdp(found, device, flags)
-            else:
-                if device is None:
-                    raise refused(errno.ENODEV)
-                made = links.attach_tcx(found, device, attach_type, flags, relative, revision, self)
-            return self._open(made)
-
-    def netfilter_link(self, program: int, hook: Netfilter) -> int:
-        found = self.program(program)
-        with network.current().lock:
-            return self._open(network.current().inet.netfilter.attach(found, hook))
-
-    def link_update(self, link: int, program: int, old: int | None = None) -> None:
-        found = self.link(link)
-        with network.current().lock:
-            found.update(self.program(program), None if old is None else self.program(old))
-
-    def link_detach(self, link: int) -> None:
-        found = self.link(link)
-        with network.current().lock:
-            found.detach()
-
-    def program_attach(
-        self, program: int, target: int, attach_type: str, flags: int = 0, replaced: int | None = None
-    ) -> None:
-        self.program(program)
-        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
-
-    def program_detach(self, program: int | None, target: int, attach_type: str) -> None:
-        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
-
-    def link_info(self, link: int) -> LinkInfo:
-        return self.link(link).info
-
-    def program_query(self, target: int, attach_type: str) -> Attached:
-        if attach_type.startswith("cgroup_"):
-            return cgroup_links.query(self._group(target), attach_type)
-        device = network.current().by_index(target)
-        if device is None:
-            raise refused(errno.ENODEV)
-        chain = device.tcx.get(attach_type, links.Chain())
-        programs = tuple(link.program.id for link in chain.links)
-        return Attached(chain.revision, programs, tuple(link.id for link in chain.links))
-
-    def cgroup_open(self, path: str) -> int:
-        return self._open(cgroups.find(path))
-
-    def namespace_open(self, path: str) -> int:
-        raise OSError(errno.EOPNOTSUPP, "the emulator attaches no programs to network namespaces yet")
-
-    def _group(self, fd: int) -> cgroups.Group:
-        """The control group behind a descriptor; EBADF."""
-        found = self._handle(fd)
-        if not isinstance(found, cgroups.Group):
-            raise refused(errno.EBADF)
-        return found
-
-    def interface_index(self, name: str) -> int:
-        network.current().bindable(name)
-        return network.current().interface(name).index
-
-    # Sockets.
-
-    def socket_layout(self, socket: SocketLike) -> Layout:
-        return sockets.layout_of(socket)
-
-    def socket_attach_filter(self, socket: SocketLike, program: bytes) -> None:
-        sockets.attach(socket, self._classic(socket, program), program)
-
-    def socket_attach_bpf(self, socket: SocketLike, program: int) -> None:
-        sockets.attach(socket, self._socket_filter(socket, program), None)
-
-    def _classic(self, socket: SocketLike, program: bytes) -> ClassicProgram:
-        """A filter for a socket, which must not be locked: that comes before the filter is looked at."""
-        sockets.refuse_if_locked(socket)
-        try:
-            return ClassicProgram(cbpf.decode(program))
-        except FilterError:
-            raise refused(errno.EINVAL) from None
-
-    def _socket_filter(self, socket: SocketLike, program: int) -> Program:
-        sockets.refuse_if_locked(socket)
-        found = self.program(program)
-        if found.type != "socket_filter":
-            raise refused(errno.EINVAL)
-        return found
-
-    def socket_detach(self, socket: SocketLike) -> None:
-        sockets.detach(socket)
-
-    def socket_get_filter(self, socket: SocketLike) -> bytes:
-        return sockets.get_filter(socket)
-
-    def socket_lock(self, socket: SocketLike) -> None:
-        sockets.lock(socket)
-
-    def socket_drain(self, socket: SocketLike) -> int:
-        return sockets.drain(socket)
-
-    def socket_drainable(self, socket: SocketLike) -> bool:
-        return sockets.drainable(socket)
-
-    def socket_attach_reuseport_filter(self, socket: SocketLike, program: bytes) -> None:
-        sockets.attach_reuseport(socket, self._classic(socket, program))
-
-    def socket_attach_reuseport_bpf(self, socket: SocketLike, program: int) -> None:
-        if self.program(program).type == "sk_reuseport":
-            sockets.refuse_if_locked(socket)
-            sockets.attach_sk_reuseport(socket, self.program(program))
-        else:
-            sockets.attach_reuseport(socket, self._socket_filter(socket, program))
-
-    def socket_detach_reuseport(self, socket: SocketLike) -> None:
-        sockets.detach_reuseport(socket)
-
-    def packet_socket(self, interface: str | None, *, type: Literal["raw", "dgram"] = "raw", protocol: int = 3) -> Any:
-        return sockets.open_packet_socket(interface, type=type, protocol=protocol)
 
     def feature(self, kind: FeatureKind, name: str, program_type: str = "") -> Answer:
         from kbpf.emulator.features import ask

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kbpf.backend import Answer, FeatureKind
 from kbpf.emulator import cgroup_links, helpers, maps
-from kbpf.emulator.backend import LINKED
 from kbpf.emulator.helpers.allowed import ALLOWED
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER
+from kbpf.emulator.link_commands import LINKED
 from kbpf.uapi.enums import ATTACH_TYPES, HELPERS
 
 # What a socket option attaches to, a map that keeps programs, `event_attach`, and `netfilter_link`.
