@@ -27,7 +27,6 @@ from kbpf.backend import (
     RunOptions,
     SocketLike,
     TraceStep,
-    refused_by_object,
 )
 from kbpf.emulator import cgroups, links, maps, network, test_runs, trace
 from kbpf.emulator.attached import attach, query
@@ -44,6 +43,7 @@ from kbpf.emulator.socket_calls import SocketCalls
 from kbpf.emulator.statistics import Switch
 from kbpf.emulator.waiting import Waiter
 from kbpf.info import BtfInfo, MapInfo, ProgramInfo, TaskEvent
+from kbpf.refusals import refused_by_object
 from kbpf.specs import EventSource, MapSpec, ProgramSpec
 from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 

@@ -14,10 +14,11 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from kbpf.backend import LOCKED, SocketLike, refused_by_object
+from kbpf.backend import SocketLike
 from kbpf.kernel import probes
 from kbpf.kernel.attrs import bpffs
 from kbpf.kernel.sockets import socket_option
+from kbpf.refusals import LOCKED, refused_by_object
 from kbpf.uapi import constants as uapi
 from kbpf.uapi.enums import COMMANDS
 
