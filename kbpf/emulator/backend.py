@@ -15,19 +15,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from kbpf.asm.ebpf_listing import helper_name
-from kbpf.backend import (
-    Answer,
-    BackendName,
-    Batch,
-    Engine,
-    EventWaiter,
-    FeatureKind,
-    ObjectKind,
-    RawRun,
-    RunOptions,
-    SocketLike,
-    TraceStep,
-)
+from kbpf.backend import Answer, BackendName, Batch, Engine, EventWaiter, FeatureKind, ObjectKind, SocketLike
 from kbpf.emulator import cgroups, links, maps, network, test_runs, trace
 from kbpf.emulator.attached import attach, query
 from kbpf.emulator.btf import BTFS, Btf, described
@@ -44,6 +32,7 @@ from kbpf.emulator.statistics import Switch
 from kbpf.emulator.waiting import Waiter
 from kbpf.info import BtfInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.refusals import refused_by_object
+from kbpf.runs import RawRun, RunOptions, TraceStep
 from kbpf.specs import EventSource, MapSpec, ProgramSpec
 from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 

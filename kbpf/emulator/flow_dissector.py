@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import sys
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.interpreter import PACKET_ADDRESS, Run
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.memory import FLOW_KEYS
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.test_run import ETH_HLEN, decode, padded, timed
+from kbpf.runs import RawRun, RunOptions
 from kbpf.uapi.structs import STRUCTS
 
 _CONTEXT = STRUCTS["__sk_buff"].fields

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.environment import environment
 from kbpf.emulator.ethernet import received_protocol
@@ -22,6 +21,7 @@ from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.sock import Sock
+from kbpf.runs import RawRun, RunOptions
 from kbpf.uapi.constants import (
     ARPHRD_LOOPBACK,
     BPF_F_TEST_SKB_CHECKSUM_COMPLETE,

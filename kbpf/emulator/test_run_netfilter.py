@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.ethernet import received_protocol
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.netfilter import NetfilterContext
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.test_run import ETH_HLEN, MOST_DATA, timed
+from kbpf.runs import RawRun, RunOptions
 from kbpf.specs import NETFILTER_FAMILIES, NETFILTER_HOOKS
 from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
 

@@ -9,12 +9,12 @@ import errno
 import socket
 import sys
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.sk_lookup import LookupContext
 from kbpf.emulator.test_run import decode, padded, timed
+from kbpf.runs import RawRun, RunOptions
 from kbpf.uapi.structs import STRUCTS
 
 _LAYOUT = STRUCTS["bpf_sk_lookup"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator.environment import environment
 from kbpf.emulator.interpreter import Context
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.tracing import MOST_ARGUMENTS, SyscallContext, TracingContext
+from kbpf.runs import RawRun, RunOptions
 from kbpf.uapi.constants import BPF_F_TEST_RUN_ON_CPU
 
 #: U16_MAX.

@@ -10,7 +10,6 @@ import errno
 import sys
 import time
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator import network
 from kbpf.emulator.datapath import backlog
 from kbpf.emulator.helpers.xdp import is_metadata_length
@@ -20,6 +19,7 @@ from kbpf.emulator.packet import Packet
 from kbpf.emulator.program import Program
 from kbpf.emulator.test_run import ETH_HLEN, decode, timed
 from kbpf.emulator.xdp import FRAME, HEADROOM, RESERVED, SHARED_INFO, XdpBuff
+from kbpf.runs import RawRun, RunOptions
 from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES
 from kbpf.uapi.enums import ATTACH_TYPES
 from kbpf.uapi.structs import STRUCTS

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kbpf.backend import RawRun, RunOptions
 from kbpf.emulator import (
     engines,
     flow_dissector,
@@ -23,6 +22,7 @@ from kbpf.emulator.maps.cgroup import values_of_a_test
 from kbpf.emulator.program import Program
 from kbpf.emulator.statistics import Switch
 from kbpf.errors import ENOTSUPP
+from kbpf.runs import RawRun, RunOptions
 
 #: Takes the program, data, context and how to run it; raises `OSError` with the kernel's errno.
 Runner: TypeAlias = Callable[[Program, bytes, bytes, RunOptions], RawRun]

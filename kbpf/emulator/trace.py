@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-from kbpf.backend import MemoryAccess, TraceStep
 from kbpf.emulator import test_runs
 from kbpf.emulator.interpreter import SWITCHED, Code, Run
 from kbpf.emulator.memory import CONTEXT, FLOW_KEYS, M32, PACKET, STACK
@@ -18,6 +17,7 @@ from kbpf.emulator.semantics import RUN, State, Step
 from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.runs import MemoryAccess, TraceStep
 
 _SIZES = {ebpf.B: 1, ebpf.H: 2, ebpf.W: 4, ebpf.DW: 8}
 _REGIONS = {CONTEXT: "context", STACK: "stack", PACKET: "packet", FLOW_KEYS: "flow_keys"}

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from kbpf.backend import Engine, LoadRefused, RawRun, TraceStep, object_name
+from kbpf.backend import Engine, LoadRefused, object_name
 from kbpf.info import ProgramInfo
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
@@ -16,6 +16,7 @@ from kbpf.kernel.attrs import Attr, Info, command, fdinfo
 from kbpf.kernel.btf import kernel_type, loaded_btf
 from kbpf.kernel.denied import withheld
 from kbpf.kernel.tokens import command_with_token
+from kbpf.runs import RawRun, TraceStep
 from kbpf.specs import ProgramSpec
 from kbpf.uapi.constants import BPF_F_TEST_XDP_LIVE_FRAMES, BPF_STATS_RUN_TIME
 from kbpf.uapi.enums import ATTACH_TYPES, PROG_TYPES

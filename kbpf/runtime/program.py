@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from kbpf.backend import ENGINES, Backend, Engine, TraceStep
+from kbpf.backend import ENGINES, Backend, Engine
 from kbpf.errors import BpfError, VerifierError
 from kbpf.info import ProgramInfo
 from kbpf.isa.ebpf import Instruction, decode
+from kbpf.runs import TraceStep
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 from kbpf.runtime.maps.base import BpfMap

@@ -7,9 +7,9 @@ from mapcode import described
 from sides import FRAME
 
 import kbpf
-from kbpf.backend import MemoryAccess
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
+from kbpf.runs import MemoryAccess
 from kbpf.specs import MapSpec, ProgramSpec
 
 I = Instruction  # noqa: E741
