@@ -34,7 +34,7 @@ from kbpf.info import BtfInfo, MapInfo, ProgramInfo, TaskEvent
 from kbpf.refusals import refused_by_object
 from kbpf.runs import RawRun, RunOptions, TraceStep
 from kbpf.specs import EventSource, MapSpec, ProgramSpec
-from kbpf.uapi.constants import BPF_STREAM_STDERR, BPF_STREAM_STDOUT
+from kbpf.uapi.constants import BPF_F_RDONLY, BPF_F_WRONLY, BPF_STREAM_STDERR, BPF_STREAM_STDOUT
 
 PIN_ROOT = "/sys/fs/bpf/"
 
@@ -293,6 +293,8 @@ class EmulatorBackend(LinkCommands, SocketCalls):
 
     def _check_pin(self, path: str) -> None:
         """What bpffs refuses of a new name. In the emulator's every folder is taken to be there."""
+        if "\0" in path:
+            raise ValueError("a path has no NUL byte")
         name = path.rpartition("/")[2]
         if not path:
             raise refused(errno.ENOENT)
@@ -327,9 +329,11 @@ class EmulatorBackend(LinkCommands, SocketCalls):
         return [(found.id, path) for path, found in self._pins.items() if of_kind.get(found.id) is found]
 
     def _reopen(self, found: Map | Program | links.Link, flags: int = 0) -> int:
+        if flags & ~(BPF_F_RDONLY | BPF_F_WRONLY) or (flags and not isinstance(found, Map)):
+            raise refused(errno.EINVAL)
         return self._open(MapFile(found, flags) if isinstance(found, Map) else found)
 
-    def open_by_id(self, kind: ObjectKind, id: int) -> int:
+    def open_by_id(self, kind: ObjectKind, id: int, flags: int = 0) -> int:
         found = _OBJECTS[kind].get(id)
         if isinstance(found, Map) and not found.users:
             found = None
@@ -337,7 +341,7 @@ class EmulatorBackend(LinkCommands, SocketCalls):
             found = MAPS.get(id)
         if found is None:
             raise refused(errno.ENOENT)
-        return self._reopen(found)
+        return self._reopen(found, flags)
 
     def ids(self, kind: ObjectKind) -> list[int]:
         if kind == "map" and any(not found.users for found in list(MAPS.values())):

@@ -23,6 +23,9 @@ class ObjectCommands:
         os.close(fd)
 
     def duplicate(self, fd: int) -> int:
+        if fd < 0:
+            # fcntl.fcntl has an error of another kind for it.
+            raise syscall.failure(errno.EBADF)
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
     def pin(self, fd: int, path: str) -> None:
@@ -53,9 +56,9 @@ class ObjectCommands:
                     os.close(fd)
         return found
 
-    def open_by_id(self, kind: ObjectKind, id: int) -> int:
+    def open_by_id(self, kind: ObjectKind, id: int, flags: int = 0) -> int:
         prefix = _PREFIX[kind]
-        return command(f"{prefix}_get_fd_by_id", **{f"{prefix}_id": id})
+        return command(f"{prefix}_get_fd_by_id", open_flags=flags, **{f"{prefix}_id": id})
 
     def ids(self, kind: ObjectKind) -> list[int]:
         found: list[int] = []

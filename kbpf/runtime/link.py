@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,7 +38,11 @@ class Link(ABC):
 
     @staticmethod
     def open(
-        *, path: str | None = None, id: int | None = None, fd: int | None = None, backend: str | None = None
+        *,
+        path: str | os.PathLike[str] | None = None,
+        id: int | None = None,
+        fd: int | None = None,
+        backend: str | None = None,
     ) -> BpfLink:
         """Open an existing BPF link by pin, id or inherited descriptor; exactly one of them.
 
@@ -51,7 +56,7 @@ class Link(ABC):
             raise TypeError("Link.open() takes exactly one of path, id and fd")
         with doing(chosen, f"open link {given[0]!r}", operation="obj_get" if path is not None else "link_get_fd_by_id"):
             if path is not None:
-                opened = chosen.open_pinned(path)
+                opened = chosen.open_pinned(os.fspath(path))
             elif fd is not None:
                 opened = chosen.duplicate(fd)
             else:
@@ -235,10 +240,10 @@ class BpfLink(Resource, Link):
             return True
         return any((before.ifindex, before.cgroup_id, *map(before.details.get, ("netns_ino", "map_id"))))
 
-    def pin(self, path: str) -> None:
+    def pin(self, path: str | os.PathLike[str]) -> None:
         """Pin on a BPF file system: the program stays attached when the link is closed, and the process ends."""
         with doing(self._backend, f"pin the {self.label} at {path}", operation="obj_pin"):
-            self._backend.pin(self.fileno(), path)
+            self._backend.pin(self.fileno(), os.fspath(path))
 
     def close(self) -> None:
         super().close()

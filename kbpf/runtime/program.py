@@ -83,7 +83,12 @@ class Program(Resource):
 
     @classmethod
     def open(
-        cls, *, path: str | None = None, id: int | None = None, fd: int | None = None, backend: str | None = None
+        cls,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        id: int | None = None,
+        fd: int | None = None,
+        backend: str | None = None,
     ) -> Program:
         """Open an existing program by pin, id or inherited descriptor; exactly one of them.
 
@@ -98,7 +103,7 @@ class Program(Resource):
             chosen, f"open program {given[0]!r}", operation="obj_get" if path is not None else "prog_get_fd_by_id"
         ):
             if path is not None:
-                opened = chosen.open_pinned(path)
+                opened = chosen.open_pinned(os.fspath(path))
             elif fd is not None:
                 opened = chosen.duplicate(fd)
             else:
@@ -407,10 +412,10 @@ class Program(Resource):
             return attach_reuseport(target, self)
         return attach(target, self, drain=drain)
 
-    def pin(self, path: str) -> None:
+    def pin(self, path: str | os.PathLike[str]) -> None:
         """Pin on a BPF file system (Linux 4.4). Raises `BpfError` (EEXIST; EINVAL where it is no bpffs)."""
         with doing(self._backend, f"pin {self.label} at {path}", operation="obj_pin"):
-            self._backend.pin(self.fileno(), path)
+            self._backend.pin(self.fileno(), os.fspath(path))
 
     def close(self) -> None:
         super().close()

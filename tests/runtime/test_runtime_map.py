@@ -1,19 +1,28 @@
 """Maps as typed mappings; every fact holds on both backends."""
 
 import errno
+import os
 import struct
 from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kbpf
+from kbpf.runtime.backends import get_backend
 from kbpf.types import Int, Member, Struct
+from kbpf.uapi.constants import BPF_F_RDONLY, BPF_F_WRONLY
 
 U32 = Int(name="u32", size=4)
 U64 = Int(name="u64", size=8)
 FLOW = Struct(
     name="flow", size=8, members=(Member(name="host", type=U32), Member(name="port", type=U32, bit_offset=32))
 )
+
+
+def refused_with(number: int) -> Any:
+    return pytest.raises(kbpf.BpfError, check=lambda error: error.errno == number)
 
 
 def typed(type="hash", max_entries=8, **more):
@@ -206,6 +215,72 @@ def test_a_pinned_map_outlives_its_descriptor(tmp_path):
         from pathlib import Path
 
         Path(path).unlink()
+
+
+@pytest.mark.parametrize("by", ["path", "id", "name"])
+def test_a_map_is_opened_for_reading_or_writing_alone(backend, by, tmp_path):
+    path = Path(f"/sys/fs/bpf/kbpf-test-{tmp_path.name}")
+    name = f"only_{tmp_path.name}"[-15:].replace("-", "_")
+    with kbpf.Map.create(kbpf.MapSpec(type="hash", max_entries=4, name=name), backend, key="I", value="I") as map:
+        map.pin(path)
+        try:
+            how = {"path": path, "id": map.id, "name": name}[by]
+            map[1] = 5
+            types = {"key": "I", "value": "I", "backend": backend}
+            with kbpf.Map.open(**{by: how}, flags=BPF_F_RDONLY, **types) as reader:
+                assert (reader[1], reader.snapshot()) == (5, {1: 5})
+                for write in (lambda: reader.update({1: 6}), lambda: reader.pop(1), reader.clear, reader.freeze):
+                    with pytest.raises(kbpf.PermissionDeniedError, match="read-only"):
+                        write()
+            with kbpf.Map.open(**{by: how}, flags=BPF_F_WRONLY, **types) as writer:
+                writer[1] = 7
+                for read in (lambda: writer[1], lambda: len(writer)):
+                    with pytest.raises(kbpf.PermissionDeniedError, match="may not be read"):
+                        read()
+            assert map[1] == 7
+            with refused_with(errno.EINVAL):
+                kbpf.Map.open(**{by: how}, flags=BPF_F_RDONLY | BPF_F_WRONLY, **types)
+            with pytest.raises(TypeError, match="keeps the flags"):
+                kbpf.Map.open(fd=map.fileno(), flags=BPF_F_RDONLY, **types)
+        finally:
+            get_backend(backend).unpin(str(path))
+
+
+@pytest.mark.requires("kernel")
+def test_whoever_may_read_a_pin_opens_it_for_reading(tmp_path):
+    path = Path(f"/sys/fs/bpf/kbpf-test-{tmp_path.name}")
+    with kbpf.Map.create(kbpf.MapSpec(type="hash", max_entries=4), "kernel", key="I", value="I") as map:
+        map[1] = 5
+        map.pin(path)
+        path.chmod(0o644)
+        try:
+            child = os.fork()
+            if not child:
+                try:
+                    os.setresuid(65534, 65534, 65534)
+                    with pytest.raises(kbpf.PermissionDeniedError, match="BPF_F_RDONLY"):
+                        kbpf.Map.open(path=path, backend="kernel")
+                    with kbpf.Map.open(path=path, flags=BPF_F_RDONLY, backend="kernel", key="I", value="I") as reader:
+                        os._exit(reader[1])
+                finally:
+                    os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+        finally:
+            path.unlink()
+
+
+@pytest.mark.parametrize("way", [{"id": "5"}, {"fd": "5"}, {"id": 1.5}])
+def test_what_no_map_can_be_opened_by_is_a_type_error(backend, way):
+    with pytest.raises(TypeError, match="integer"):
+        kbpf.Map.open(backend=backend, **way)
+
+
+def test_numbers_that_no_map_has(backend):
+    for number in (-1, 1 << 40):
+        with pytest.raises(ValueError, match="is no id"):
+            kbpf.Map.open(id=number, backend=backend)
+    with refused_with(errno.EBADF):
+        kbpf.Map.open(fd=-1, backend=backend)
 
 
 @pytest.mark.requires("kernel")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 from weakref import WeakSet
 
@@ -129,10 +131,11 @@ class BpfMap(Resource):
     def open(
         cls: type[Self],
         *,
-        path: str | None = None,
+        path: str | os.PathLike[str] | None = None,
         id: int | None = None,
         name: str | None = None,
         fd: int | None = None,
+        flags: int = 0,
         backend: str | None = None,
         key: Any = None,
         value: Any = None,
@@ -144,6 +147,9 @@ class BpfMap(Resource):
         a name must be the only one. Keys and values have the types that the kernel knows from the map's BTF, or `key`
         and `value`, as `with_types` takes them.
 
+        With `flags` BPF_F_RDONLY or BPF_F_WRONLY this process can only read or only write it (Linux 4.15; by `fd` it
+        stays as it is): reading takes no more than the permission to read a pin.
+
         Raises `KeyError` for a name that is not there, `BpfError` (ENOENT) for a path or id, `TypeError` where the
         map's type has another class.
         """
@@ -151,13 +157,17 @@ class BpfMap(Resource):
         given = [what for what in (path, id, name, fd) if what is not None]
         if len(given) != 1:
             raise TypeError(f"{cls.__name__}.open() takes exactly one of path, id, name and fd")
+        if fd is not None and flags:
+            raise TypeError("a map that is opened by fd keeps the flags of that descriptor")
+        if id is not None and not 0 <= index(id) < 1 << 32:
+            raise ValueError(f"{id} is no id: they have 32 bits")
         with doing(chosen, f"open map {given[0]!r}", operation="obj_get" if path is not None else "map_get_fd_by_id"):
             if path is not None:
-                opened = chosen.open_pinned(path)
+                opened = chosen.open_pinned(os.fspath(path), flags)
             elif fd is not None:
-                opened = chosen.duplicate(fd)
+                opened = chosen.duplicate(index(fd))
             else:
-                opened = chosen.open_by_id("map", id if id is not None else _id_of_name(chosen, str(name)))
+                opened = chosen.open_by_id("map", id if id is not None else _id_of_name(chosen, str(name)), flags)
         found = cls.from_fd(chosen, opened)
         if key is not None or value is not None:
             try:
@@ -288,10 +298,10 @@ class BpfMap(Resource):
         with doing(self._backend, f"freeze {self.label}", operation="map_freeze"):
             self._backend.map_freeze(self.fileno())
 
-    def pin(self, path: str) -> None:
+    def pin(self, path: str | os.PathLike[str]) -> None:
         """Pin on a BPF file system (Linux 4.4). Raises `BpfError` (EEXIST; EINVAL where it is no bpffs)."""
         with doing(self._backend, f"pin {self.label} at {path}", operation="obj_pin"):
-            self._backend.pin(self.fileno(), path)
+            self._backend.pin(self.fileno(), os.fspath(path))
 
     def events(
         self,
