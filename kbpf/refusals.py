@@ -33,8 +33,5 @@ def refused_by_object(operation: str, errno: int) -> tuple[str, ...]:
     if operation == "mmap":
         return ("the map is frozen, or opened read-only or write-only: positions could not be written, or not read",)
     if operation == "event_attach":
-        return (
-            "the program reads more than the event's record has, or perf_event_open(2) is not allowed: it wants "
-            "CAP_PERFMON, or a lower kernel.perf_event_paranoid",
-        )
+        return ("the program reads more than the event's record has",)
     return (LOCKED,) if operation.startswith("SO_") and errno == EPERM else ()

@@ -85,7 +85,9 @@ def explain_denied(
     if operation.startswith("SO_"):
         return _socket_option(operation, errno, socket)
     if operation == "event_attach":
-        return refused_by_object(operation, errno)
+        # With the capability perf_event_open(2) refuses nothing.
+        lacking = probes.privileges().lacks(("CAP_PERFMON",))
+        return _perf_event() if lacking else refused_by_object(operation, errno)
     if operation == "perf_event_open":
         return _perf_event()
     if operation == "mmap":

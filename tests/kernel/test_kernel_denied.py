@@ -194,6 +194,24 @@ def filtered(readable_kbpf: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.requires("kernel")
+def test_attaching_to_an_event_names_what_it_takes() -> None:
+    # The program is there already: a process that has it may still not have the event.
+    script = """
+import os
+import kbpf
+from kbpf.specs import ProgramSpec
+with kbpf.load_program(ProgramSpec(type="kprobe", instructions=[(0xB7,), (0x95,)]), backend="kernel") as program:
+    program.attach(kbpf.Uprobe("/bin/bash", 0x31030)).close()
+    os.setresuid(65534, 65534, 65534)
+    try: program.attach(kbpf.Uprobe("/bin/bash", 0x31030))
+    except kbpf.PermissionDeniedError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert "the process lacks CAP_PERFMON" in done.stdout
+    assert "the event's record" not in done.stdout
+
+
+@pytest.mark.requires("kernel")
 def test_a_seccomp_filter_is_named(filtered: Callable[..., list[str]]) -> None:
     script = """
 refuse(errno.EPERM)
