@@ -83,8 +83,8 @@ class VerifierError(BpfError):
     """A program was refused when it was loaded.
 
     ``str()`` is short, twelve lines at most: what was loaded, the verifier's reason, the instruction with its source
-    line, and the registers that it is about. `log` is everything that the verifier said. What it does not say is None
-    or empty.
+    line, and the registers that it is about. `log` is everything that the verifier said; of more than 16 MiB, the
+    last. What it does not say is None or empty.
     """
 
     def __init__(self, errno: int, doing: str, log: str = "", hints: Sequence[str] = ()) -> None:

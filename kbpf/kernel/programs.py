@@ -24,10 +24,9 @@ from kbpf.uapi.structs import STRUCTS
 
 TYPE_NAMES = {number: name for name, number in PROG_TYPES.items()}
 
-# The verifier's log: room at first, and the most that is tried for. What does not fit then is cut by the
-# kernel, at the start since Linux 6.4, at the end before.
-_LOG_ROOM = 1 << 16
-_LOG_MOST = 1 << 24
+# The verifier's log: room at first, and where that is too little. What does not fit then is cut by the kernel, at the
+# start since Linux 6.4, at the end before. There is nothing between: each try goes through the whole program again.
+_LOG_ROOMS = (1 << 16, 1 << 24)
 
 # What a program may add to a packet or find in a context that is larger than the one it was given.
 _DATA_GROWTH = 1 << 16
@@ -228,19 +227,19 @@ def _load_with_maps(values: dict[str, int | bytes], maps: array[int], log_level:
 
 
 def _load(values: dict[str, int | bytes], log_level: int) -> int:
-    """Load; when it is refused, again with a log, and with room for more of it as long as it does not fit."""
+    """Load; when it is refused, again with a log, and with room for more of it where it does not fit."""
     try:
         return command_with_token("prog_load", **values)
     except OSError as error:
         refused = error.errno or 0
-    room = _LOG_ROOM
-    while True:
+    text = ""
+    for room in _LOG_ROOMS:
         log = syscall.Buffer(room)
         try:
             logged = {"log_level": log_level or 1, "log_buf": log.address, "log_size": room}
             return command_with_token("prog_load", **logged, **values)
         except OSError as error:
-            if error.errno != errno.ENOSPC or room == _LOG_MOST:
-                text = log.read().split(b"\0")[0].decode(errors="replace")
-                raise LoadRefused(refused, text, withheld(text)) from None
-        room *= 4
+            text = log.read().split(b"\0")[0].decode(errors="replace")
+            if error.errno != errno.ENOSPC:
+                break
+    raise LoadRefused(refused, text, withheld(text))

@@ -10,6 +10,7 @@ import pytest
 import kbpf
 from kbpf.backend import LoadRefused
 from kbpf.isa import ebpf
+from kbpf.kernel import programs
 from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.verifier_log import SourceLine, read_log
@@ -121,8 +122,9 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
     "jump out": ("socket_filter", ((0x05, 0, 0, 100, 0), EXIT), "jump out of range from insn 0 to 101", 0, {}),
     "unreachable": ("socket_filter", (ZERO, EXIT, ZERO, EXIT), "unreachable insn 2", 2, {}),
     "no exit": ("socket_filter", (ZERO,), "last insn is not an exit or jmp", None, {}),
-    "opcode": ("socket_filter", ((0xFF, 0, 0, 0, 0), EXIT), "unknown opcode ff", None, {}),
-    "wide load cut": ("socket_filter", ((0x18, 1, 0, 0, 5), EXIT), "invalid bpf_ld_imm64 insn", None, {}),
+    "opcode": ("socket_filter", ((0xFF, 0, 0, 0, 0), EXIT), "unknown opcode ff", 0, {}),
+    "wide load cut": ("socket_filter", (ZERO, (0x18, 1, 0, 0, 5), EXIT), "invalid bpf_ld_imm64 insn", 1, {}),
+    "call out": ("socket_filter", (ZERO, (0x85, 0, 1, 0, 7), EXIT), "call to invalid destination", 1, {}),
     "reserved field": ("socket_filter", ((0xB7, 0, 0, 3, 0), EXIT), "reserved field", None, {}),
     "atomic on the context": ("socket_filter", (ZERO, (0xDB, 1, 0, 0, 0), EXIT), "BPF_ATOMIC", 1, {"R1": "ctx()"}),
     "packet load without context": ("socket_filter", ((0x30, 0, 0, 0, 0), EXIT), "R6", 0, {}),
@@ -184,6 +186,21 @@ def test_other_log_levels_say_the_same(what: str, level: int, kernel: KernelBack
     if level == 2:
         assert other.instruction == usual.instruction
         assert other.registers == usual.registers
+
+
+def test_a_long_log_is_kept_whole_and_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    load = programs.command_with_token
+    monkeypatch.setattr(
+        programs, "command_with_token", lambda *args, **named: loads.append(named) or load(*args, **named)
+    )
+    code = (*[ZERO] * 20_000, (0x71, 2, 0, 0, 0), EXIT)
+    with pytest.raises(kbpf.VerifierError) as caught:
+        kbpf.load_program(ProgramSpec(type="socket_filter", instructions=code), backend="kernel")
+    assert len(caught.value.log) > 1 << 19
+    assert caught.value.log.startswith("0: R1=ctx() R10=fp0\n")
+    assert caught.value.instruction is not None and caught.value.instruction.pc == 20_000
+    assert len(loads) == 3
 
 
 C = """
