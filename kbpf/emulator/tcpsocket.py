@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbpf.emulator import cgroup_hooks, tcp_events
-from kbpf.emulator.connection import RCVBUF, SENDING, Connection
+from kbpf.emulator.connection import SENDING, Connection
 from kbpf.emulator.endpoint import Option
 from kbpf.emulator.headers import IPPROTO_TCP
 from kbpf.emulator.inetsocket import AF_INET, IpOptions, PortEndpoint
@@ -19,6 +19,7 @@ from kbpf.emulator.slot import error
 from kbpf.emulator.sock import MAPPED
 from kbpf.emulator.stream import SHUT_RD, SHUT_RDWR, SHUT_WR, StreamEndpoint
 from kbpf.emulator.tcp import Listener
+from kbpf.emulator.transmission import RCVBUF
 from kbpf.uapi.constants import (
     BPF_TCP_CLOSE,
     BPF_TCP_LISTEN,
