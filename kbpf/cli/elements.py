@@ -76,6 +76,8 @@ def store(map: kbpf.BpfMap, given: dict[str, tuple[str, ...]], flags: int) -> No
     """Store a value, with BPF_NOEXIST only under a new key, with BPF_EXIST only under an old one."""
     if isinstance(map, (Queue, BloomFilter)):
         _expect(map, given, ("value",))
+        if flags:
+            raise click.UsageError(f"In a map of type {map.type} nothing is new or there already.")
         put = map.push if isinstance(map, Queue) else map.add
         put(parsed(map.value_codec, given["value"]))
         return
@@ -128,7 +130,9 @@ def _bytes(codec: Codec, words: tuple[str, ...]) -> bytes:
     if all("=" in word for word in words):
         return codec.encode({name: _value(value) for name, _, value in (word.partition("=") for word in words)})
     if len(words) == codec.size and len(words) > 1:
-        return bytes(int(word, 0) for word in words)
+        return bytes(map(_integer, words))
+    if len(words) > 1 and isinstance(codec.decode(bytes(codec.size)), bytes):
+        raise ValueError(f"{len(words)} bytes where {codec.size} are wanted")
     if len(words) > 1:
         return codec.encode(tuple(map(_value, words)))
     return codec.encode(_value(words[0]))
@@ -140,8 +144,13 @@ def _sized(codec: Codec, data: bytes) -> bytes:
     return data
 
 
+def _integer(word: str) -> int:
+    """A number as C and bpftool read it: ``01`` and ``010`` are octal."""
+    return int(word, 8 if word[:1] == "0" and word.isdecimal() else 0)
+
+
 def _value(word: str) -> Any:
-    for read in (lambda text: int(text, 0), float):
+    for read in (_integer, float):
         try:
             return read(word)
         except ValueError:

@@ -54,6 +54,7 @@ def dump(which: tuple[str, ...], as_json: bool) -> None:
             show_rows(f"{map.name or 'unnamed'} ({map.type})", ["key", "value"], rows)
 
 
+_UPDATE_FLAGS = {"any": BPF_ANY, "exist": BPF_EXIST, "noexist": BPF_NOEXIST}
 _WORDS = f"{SELECTOR} key KEY"
 
 
@@ -81,12 +82,15 @@ def get(words: tuple[str, ...], as_json: bool) -> None:
 def set(words: tuple[str, ...], condition: str | None) -> None:
     """Store a value; a queue or stack takes it without a key.
 
-    A VALUE is written as a KEY is (see get). Each processor's value is set where each has its own. Arrays of programs
-    and maps of maps take id N or pinned PATH.
+    A VALUE is written as a KEY is (see get); exist or noexist may stand behind it, as in bpftool, for --if. Each
+    processor's value is set where each has its own. Arrays of programs and maps of maps take id N or pinned PATH.
     """
     which, given = elements.split(words, ("key", "value"))
+    value, flags = given.get("value", ()), {None: BPF_ANY, "new": BPF_NOEXIST, "there": BPF_EXIST}[condition]
+    if len(value) > 1 and value[-1] in _UPDATE_FLAGS:
+        given["value"], flags = value[:-1], _UPDATE_FLAGS[value[-1]]
     with opened(which) as map:
-        elements.store(map, given, {None: BPF_ANY, "new": BPF_NOEXIST, "there": BPF_EXIST}[condition])
+        elements.store(map, given, flags)
 
 
 @command.command("watch")

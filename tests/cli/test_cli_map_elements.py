@@ -129,6 +129,26 @@ def test_what_is_set_bpftool_finds(cli, counters) -> None:
     assert found["formatted"] == {"key": 258, "value": 7}
 
 
+@pytest.mark.requires("bpftool")
+@pytest.mark.parametrize(
+    "words", ["01 00 00 00", "010 0 0 0", "0x1 0 0 0", "hex 0a 0b 0c 0d", "hex 1 0 0 0", "0 0 0 255"]
+)
+def test_bytes_are_read_as_bpftool_reads_them(cli, words: str) -> None:
+    with made("hash", key_size=4, value_size=4, max_entries=8) as map:
+        which = ("id", str(map.id), "key", *words.split())
+        assert cli("map", "set", *which, "value", "hex", "1", "2", "3", "4").status == 0
+        assert bpftool("map", "lookup", *which)["value"] == ["0x01", "0x02", "0x03", "0x04"]
+        assert json.loads(cli("map", "get", *which, "--json").out)["key"] == bpftool("map", "lookup", *which)["key"]
+        assert "3 bytes where 4 are wanted" in cli("map", "get", "id", str(map.id), "key", "1", "0", "0").err
+
+
+def test_bpftools_flags_may_stand_behind_the_value(cli, counters) -> None:
+    which = ("map", "set", "id", str(counters.id), "key", "5", "value", "1")
+    assert "has no key 5" in cli(*which, "exist").err
+    assert cli(*which, "noexist").status == cli(*which, "any").status == cli(*which, "exist").status == 0
+    assert "EEXIST" in cli(*which, "noexist").err
+
+
 def test_what_is_not_there_is_said_in_a_line(cli, counters) -> None:
     which = ("id", str(counters.id))
     assert cli("map", "get", *which, "key", "5")[::2] == (1, 'Error: map "counters" has no key 5.\n')
@@ -190,6 +210,7 @@ def test_a_queue_has_no_keys(cli) -> None:
     with made("queue", value_size=4, max_entries=1) as map:
         which = ("id", str(map.id))
         assert "is empty" in cli("map", "get", *which).err
+        assert "nothing is new" in cli("map", "set", *which, "value", "7", "--if", "new").err
         assert cli("map", "set", *which, "value", "7").status == 0
         assert cli("map", "get", *which).out == "07000000\n"
         assert "it holds 1 entries" in cli("map", "set", *which, "value", "7").err
