@@ -83,8 +83,8 @@ class VerifierError(BpfError):
     """A program was refused when it was loaded.
 
     ``str()`` is short, twelve lines at most: what was loaded, the verifier's reason, the instruction with its source
-    line, and the registers that it is about. `log` is everything that the verifier said; of more than 16 MiB, the
-    last. What it does not say is None or empty.
+    line, and the registers that it is about, as they were last. `log` is everything that the verifier said; of more
+    than 16 MiB, the last. What it does not say is None or empty.
     """
 
     def __init__(self, errno: int, doing: str, log: str = "", hints: Sequence[str] = ()) -> None:
@@ -143,10 +143,12 @@ class VerifierError(BpfError):
             lines.append(str(found.source_line))
         if found.suggestion:
             hints.insert(0, found.suggestion)
-        # The registers that the instruction and the reason speak of tell the most.
+        # The registers that the instruction and the reason speak of tell the most; without any, all that are known.
         spoken = found.reason + (found.instruction.text if found.instruction else "")
         named = {"R" + number for number in _re.findall(r"\b[rRw](\d+)", spoken)}
-        told = [f"{name}={state}" for name, state in found.registers.items() if name in named]
+        known = [(name, f"{name}={state}") for name, state in found.registers.items()]
+        known.sort(key=lambda state: state[0].startswith("fp"))
+        told = [text for name, text in known if name in named] or [text for name, text in known if text != "R10=fp0"]
         room = max(11 - len(lines) - len(hints), 0)
         shown = [first, *("  " + line.strip() for line in [*lines, *told[: min(room, 4)], *hints])]
         return "\n".join(line if len(line) <= 200 else line[:197] + "..." for line in shown[:12])

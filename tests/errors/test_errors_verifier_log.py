@@ -142,6 +142,12 @@ def test_a_helper_leaves_nothing_in_the_registers_that_it_took() -> None:
     }
 
 
+def test_registers_are_shown_also_where_nothing_names_one() -> None:
+    log = "7: (b7) r6 = 3 ; R6=3 R10=fp0 fp-8=mmmm????\n8: (95) exit\nUnreleased reference id=2 alloc_insn=5\n"
+    lines = str(VerifierError(22, "load", log)).splitlines()
+    assert lines[-2:] == ["  R6=3", "  fp-8=mmmm????"]
+
+
 def test_a_callback_has_what_it_is_called_with() -> None:
     assert read_log(CALLBACK).registers == {"R1": "scalar()", "R2": "fp[0]-16", "R10": "fp0"}
 
