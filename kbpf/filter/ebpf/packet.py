@@ -163,7 +163,8 @@ class Headers:
             code.jump(ebpf.JEQ, 0, 0, "copied")
         # Short, or not linear.
         self._size(code, 0)
-        code.jump(ebpf.JEQ, self._LIMIT, 0, "copied")
+        # Verifiers before Linux 6.8 do not see from "not 0" that it is at least 1.
+        code.jump(ebpf.JLT, 4, 1, "copied")
         code.constant(2, 0)
         code.address(3, self._at)
         code.move(1, CTX)
