@@ -46,7 +46,13 @@ def attach_to_cgroup(
             if not isinstance(other, str):
                 relative = other.fileno()
     where = f"{directory} ({hook})"
-    with doing(backend, f"attach {program.label} to {where}", operation="link_create", program_type=program.type):
+    with doing(
+        backend,
+        f"attach {program.label} to {where}",
+        operation="link_create",
+        program_type=program.type,
+        attach_type=hook,
+    ):
         group = backend.cgroup_open(directory)
         try:
             fd = backend.link_create(program.fileno(), group, hook, flags, relative)

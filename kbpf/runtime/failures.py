@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kbpf.backend import Backend, LoadRefused
+from kbpf.backend import Backend, FeatureKind, LoadRefused
 from kbpf.errors import (
     ENOTSUPP,
     BpfError,
@@ -19,6 +19,8 @@ from kbpf.errors import (
     errno_text,
 )
 
+#: How a kernel refuses what it does not know.
+_UNKNOWN = (errno.EINVAL, errno.E2BIG)
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, ENOTSUPP, errno.ENOSYS, errno.ENOPROTOOPT)
 
 
@@ -30,13 +32,15 @@ def doing(
     operation: str,
     program_type: str = "",
     map_type: str = "",
+    attach_type: str = "",
     socket: Any = None,
     hints: tuple[str, ...] = (),
 ) -> Iterator[None]:
     """Run a backend's method, translating what it raises.
 
     `what` is the attempt in a user's words (``load program "count" (socket_filter)``), `operation`
-    the bpf(2) command or socket option, and `socket` the socket, for the explanation of a refusal.
+    the bpf(2) command or socket option, and `socket` the socket, for the explanation of a refusal. Types are those
+    that the command is about: where this kernel does not have one, the error says so.
     """
     try:
         yield
@@ -50,6 +54,7 @@ def doing(
             operation=operation,
             program_type=program_type,
             map_type=map_type,
+            attach_type=attach_type,
             socket=socket,
             hints=hints,
         ) from None
@@ -63,6 +68,7 @@ def translate(
     operation: str,
     program_type: str = "",
     map_type: str = "",
+    attach_type: str = "",
     socket: Any = None,
     hints: tuple[str, ...] = (),
 ) -> BpfError:
@@ -80,6 +86,10 @@ def translate(
         )
         kind = NotSupportedError if number == errno.ENOSYS else PermissionDeniedError
         return kind(number, what, (*reasons, *hints))
+    if number in _UNKNOWN and not log:
+        missing = _missing(backend, operation, program_type, map_type, attach_type)
+        if missing:
+            return NotSupportedError(number, what, (missing, *hints))
     if isinstance(error, LoadRefused):
         return VerifierError(number, what, log, (*error.hints, *hints))
     # A backend that knows more than the errno says it in words of its own.
@@ -90,3 +100,22 @@ def translate(
     if number in _NOT_SUPPORTED:
         return NotSupportedError(number, what, hints)
     return BpfError(number, what, hints)
+
+
+def _missing(backend: Backend, operation: str, program_type: str, map_type: str, attach_type: str) -> str:
+    """What there is not, of what a command was about; nothing where it is there, or nobody knows."""
+    asked: dict[str, tuple[FeatureKind, str]] = {
+        "map_create": ("map_type", map_type),
+        "prog_load": ("program_type", program_type),
+        "link_create": ("attach_type", attach_type),
+        "prog_query": ("attach_type", attach_type),
+    }
+    kind, name = asked.get(operation, ("map_type", ""))
+    if not name:
+        return ""
+    try:
+        answer = backend.feature(kind, name)
+    except ValueError:
+        return ""  # No Linux has it, and what refused says so.
+    since = f"; Linux has it since {answer.since}" if answer.since else ""
+    return f"there is no {kind.replace('_', ' ')} {name} here{since}" if answer.answer == "no" else ""

@@ -54,7 +54,13 @@ def attach_to_interface(
     if before is not None and after is not None:
         raise ValueError("before and after name two places")
     where = f"{interface} ({place})"
-    with doing(backend, f"attach {program.label} to {where}", operation="link_create", program_type=program.type):
+    with doing(
+        backend,
+        f"attach {program.label} to {where}",
+        operation="link_create",
+        program_type=program.type,
+        attach_type=place,
+    ):
         index = interface if isinstance(interface, int) else backend.interface_index(interface)
         fd = backend.link_create(program.fileno(), index, place, flags, relative)
     return InterfaceLink.of(program, where, fd)
@@ -74,6 +80,8 @@ def attached_programs(interface: str | int, attach_type: str, backend: str | Non
     that each change of the list makes larger. An interface without programs has an empty list, of revision 1.
     """
     chosen: Backend = select(backend)
-    with doing(chosen, f"ask for the programs of {interface} ({attach_type})", operation="prog_query"):
+    with doing(
+        chosen, f"ask for the programs of {interface} ({attach_type})", operation="prog_query", attach_type=attach_type
+    ):
         index = interface if isinstance(interface, int) else chosen.interface_index(interface)
         return chosen.program_query(index, attach_type)
