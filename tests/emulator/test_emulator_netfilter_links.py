@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hosts import Host, outcome, received, same_on_both
+from hosts import Host, emulated_host, outcome, received, same_on_both
 from mapcode import EXIT, Code, call, copy, mov, the_map
 
 import kbpf
 from kbpf import Netfilter
+from kbpf.errors import EmulationFault
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.runtime.backends import get_backend
@@ -167,6 +168,58 @@ def test_each_segment_of_a_connection_is_seen(netns: NetworkNamespace) -> None:
         return programs.noted(), accepted.getpeername() == client.getsockname()
 
     assert same(netns, scenario) == ([(1, 3, 2), (2, 1, 2)] * 3, True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_nobody_waits_for_is_answered_through_the_hooks(netns: NetworkNamespace, family: str) -> None:
+    """An ICMP error, a reset, and a reply to an echo pass them too."""
+    here, inet = ADDRESSES[family], INET[family]
+    kind, proto = (b"\x08", socket.IPPROTO_ICMP) if family == "ipv4" else (b"\x80", socket.IPPROTO_ICMPV6)
+
+    def scenario(host: Host, programs: Noting) -> Any:
+        for at, hook in itertools.product(FAMILIES, HOOKS):
+            programs.hook(at, hook)
+        answers = []
+        end = host.udp(here)
+        end.connect((here, 9))
+        answers += [outcome(end.send, b"x"), outcome(end.send, b"x"), programs.noted()]
+        client = host.open(inet, socket.SOCK_STREAM)
+        answers += [outcome(client.connect, (here, 9)), programs.noted()]
+        # The checksum is IPv4's own affair; the kernel makes ICMPv6's.
+        message = kind + bytes(7)
+        if family == "ipv4":
+            message = kind + b"\0\xf7\xff" + bytes(4)
+        ping = host.open(inet, socket.SOCK_RAW, proto)
+        answers += [outcome(ping.sendto, message, (here, 0)), programs.noted()]
+        return answers
+
+    first, second, _, refused, _, sent, pinged = same(netns, scenario)
+    assert (first, second, refused, sent, len(pinged)) == (1, "ECONNREFUSED", "ECONNREFUSED", 8, 8)
+
+
+def test_broadcasts(netns: NetworkNamespace) -> None:
+    def scenario(host: Host, programs: Noting) -> Any:
+        for hook in HOOKS:
+            programs.hook("ipv4", hook)
+        end, sender = host.udp("127.255.255.255", 7000), host.udp("127.0.0.1")
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        return outcome(sender.sendto, b"all", ("127.255.255.255", 7000)), received(end), programs.noted()
+
+    same(netns, scenario)
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "forward"])
+def test_a_program_that_goes_wrong_leaves_the_network_as_it_is(hook: str) -> None:
+    load = I(ebpf.LDX | ebpf.MEM | ebpf.DW, 0, 0, 0)
+    spec = ProgramSpec(type="netfilter", instructions=(*mov(0, 5), load, EXIT), expected_attach_type="netfilter")
+    with emulated_host() as host, kbpf.load_program(spec, backend="emulator") as program:
+        end = host.udp()
+        with program.attach(Netfilter(family="ipv4", hook=hook, priority=0)):  # type: ignore[arg-type]
+            for _ in range(3):
+                with pytest.raises(EmulationFault):
+                    end.sendto(b"wrong", end.getsockname())
+        end.sendto(b"right", end.getsockname())
+        assert received(end) == [b"right"]
 
 
 @pytest.mark.parametrize("defragment", [False, True])
