@@ -13,6 +13,7 @@ from cgroupworld import HERE, INET4, INET6, World, free_ports, same, two_worlds
 from hooks import CONTEXT, call, load, returns
 from sides import Side
 
+from kbpf.errors import EmulationFault
 from kbpf.isa import cbpf, ebpf
 from kbpf.isa.ebpf import Instruction, ld_imm64
 from kbpf.specs import MapSpec, ProgramSpec
@@ -318,3 +319,34 @@ def test_whatever_a_program_answers_there_is_a_connection(worlds: tuple[World, W
         assert accepted.recv(10) == b"data"
 
     watched(worlds, INET4, act, reply=(op, answer))
+
+
+WRONG_AT = [
+    "TCP_LISTEN_CB", "TCP_CONNECT_CB", "RWND_INIT", "TIMEOUT_INIT", "NEEDS_ECN", "STATE_CB", "RTT_CB",
+    "ACTIVE_ESTABLISHED_CB", "PASSIVE_ESTABLISHED_CB",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", WRONG_AT)
+def test_a_program_that_goes_wrong_leaves_others_alone(worlds: tuple[World, World], op: str) -> None:
+    """The fault comes out of what was called, and the next connection is like any other."""
+    world, number = worlds[1], getattr(uapi, f"BPF_SOCK_OPS_{op}")
+    asking = call("sock_ops_cb_flags_set", "context", STATE | RTT)
+    code = [I(ebpf.ALU64 | ebpf.MOV | ebpf.X, CONTEXT, 1), *load(FIELDS["op"].offset, 4)]
+    code += [I(ebpf.JMP | ebpf.JNE, 0, 0, 2, number), *load(-8, 8), *load(-8, 8), *asking, *returns(1)]
+    link = world.attach("sock_ops", "cgroup_sock_ops", code)
+
+    def connection() -> bytes:
+        with world.open(INET4, STREAM) as server, world.open(INET4, STREAM) as client:
+            server.bind((HERE[INET4], 0))
+            server.listen()
+            client.connect(server.getsockname())
+            accepted = server.accept()[0]
+            with accepted:
+                client.send(b"data")
+                return accepted.recv(10)
+
+    with pytest.raises(EmulationFault):
+        connection()
+    world.side.backend.link_detach(link)
+    assert connection() == b"data"
