@@ -173,7 +173,8 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
             connection = listener.pending.popleft()
             self._signal()
             made = TcpSocket(self.network, self.family, connection)
-            return made, made.getpeername()
+            sock = made.sock
+            return made, made._shown(*cgroup_hooks.getpeername(sock, sock.remote, sock.remote_port))
 
     def _use(self, connection: Connection) -> None:
         connection.endpoint = weakref.ref(self)

@@ -165,3 +165,21 @@ def test_an_accepted_connection_is_in_its_listeners_group(worlds: tuple[World, W
         return answers
 
     same(worlds, scenario)
+
+
+@pytest.mark.parametrize("family", [INET4, INET6])
+def test_who_has_gone_again_is_accepted_with_its_address(worlds: tuple[World, World], family: int) -> None:
+    version = 4 if family == INET4 else 6
+
+    def scenario(world: World) -> Any:
+        server, client = listener(world, family), world.open(family, STREAM)
+        recorder = world.record("cgroup_sock_addr", f"cgroup_inet{version}_getpeername", address_of(version)[:5])
+        client.connect(server.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+        name = client.getsockname()
+        client.close()
+        accepted, address = server.accept()
+        world.keep(accepted)
+        return address == name, said(accepted.getpeername), said(accepted.recv, 10), recorder.recorded()
+
+    same(worlds, scenario)
