@@ -81,6 +81,13 @@ class Events(Waiting):
             raise ValueError(f"{map.label} is the {map.backend}'s, the reader the {self.backend}'s")
         if map.type not in ("ringbuf", "perf_event_array"):
             raise TypeError(f"{map.label} is of type {map.type}: events come from ringbuf and perf_event_array")
+        wrong = [cpu for cpu in cpus or () if not 0 <= cpu < map.shape.max_entries]
+        if wrong:
+            raise ValueError(
+                f"{map.label} has elements for {map.shape.max_entries} processors, and none for {wrong[0]}"
+            )
+        if not 0 <= wakeup < 1 << 32:
+            raise ValueError(f"readers cannot be woken at each {wakeup}th sample")
         spec = map.value_type if type is None else type
         operation = "mmap" if map.type == "ringbuf" else "perf_event_open"
         with self._using(), doing(self._backend, f"read the events of {map.label}", operation=operation):
@@ -184,13 +191,17 @@ class Events(Waiting):
             runs.append(run)
 
     def during(self, seconds: float) -> Iterator[Any]:
-        """The events that come within so many seconds from the first step on."""
+        """The events that come within so many seconds from the first step on, or until it is closed."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             try:
                 event = self.read(left)
             except TimeoutError:
                 return
+            except BpfError:
+                if self._over:
+                    return
+                raise
             yield event
 
     def __iter__(self) -> Iterator[Any]:

@@ -20,7 +20,7 @@ import ctypes
 import re
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from operator import itemgetter
@@ -94,6 +94,8 @@ def _of_format(spec: str | struct.Struct, size: int | None) -> Codec:
         packer = struct.Struct(text)
     except struct.error as error:
         raise ValueError(f"{text!r} is no format of struct: {error}") from None
+    if not packer.size:
+        raise ValueError(f"{text!r} is a format of no bytes")
     # As in C, a format with native alignment may end in bytes that align the next element.
     if size == _whole(text) and size > packer.size:
         packer = struct.Struct(f"{text}{size - packer.size}x")
@@ -194,27 +196,20 @@ def _type_of_ctypes(spec: Any) -> Type:
 
 def _of_dataclass(spec: Any) -> Codec:
     inner = codec(_type_of_dataclass(spec), _type_of_dataclass(spec).size)
-    names = [field.name for field in fields(spec)]
-    nested = _nested(spec)
-
     if inner.flat is not None:
-        unpack, iterate = inner.flat.unpack, inner.flat.iter_unpack
-
-        def make(values: tuple[Any, ...]) -> Any:
-            return spec(*values)
-
+        unpack, iterate, make = inner.flat.unpack, inner.flat.iter_unpack, _maker(spec)
         return Codec(
             inner.size,
             inner.encode,
-            lambda data: spec(*unpack(data)),
-            lambda data: [spec(*values) for values in iterate(data)],
+            lambda data: make(unpack(data)),
+            lambda data: [make(values) for values in iterate(data)],
             inner.flat,
             make,
         )
+    rebuilt = _rebuilt(spec)
 
     def decode(data: bytes) -> Any:
-        values = inner.decode(data)
-        return spec(*(nested[name](part) if name in nested else part for name, part in zip(names, values, strict=True)))
+        return rebuilt(inner.decode(data))
 
     def decode_many(data: bytes) -> list[Any]:
         return [decode(data[at : at + inner.size]) for at in range(0, len(data), inner.size)]
@@ -230,12 +225,27 @@ def _nested(spec: Any) -> dict[str, Callable[[Any], Any]]:
 
 def _rebuilt(spec: Any) -> Callable[[Any], Any]:
     names = [field.name for field in fields(spec)]
-    nested = _nested(spec)
+    nested, make_of = _nested(spec), _maker(spec)
 
     def make(values: Any) -> Any:
-        return spec(*(nested[name](part) if name in nested else part for name, part in zip(names, values, strict=True)))
+        return make_of(
+            [nested[name](part) if name in nested else part for name, part in zip(names, values, strict=True)]
+        )
 
     return make
+
+
+def by_position(spec: Any) -> bool:
+    """Whether a dataclass takes all its fields in order, none by its name alone."""
+    return not any(field.kw_only for field in fields(spec))
+
+
+def _maker(spec: Any) -> Callable[[Sequence[Any]], Any]:
+    """What makes an instance of its fields' values in order."""
+    if by_position(spec):
+        return lambda values: spec(*values)
+    names = [field.name for field in fields(spec)]
+    return lambda values: spec(**dict(zip(names, values, strict=True)))
 
 
 @cache

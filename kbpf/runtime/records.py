@@ -11,7 +11,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from kbpf.runtime.codecs import Codec
-from kbpf.runtime.formats import codec_for
+from kbpf.runtime.formats import by_position, codec_for
 
 #: Bytes before each record's data.
 HEADER = 8
@@ -54,7 +54,7 @@ def decoder(spec: Any) -> Decoder:
     if made.make is None:
         return _flat(made.size, made.flat, iter)
     # A class is called without a function of Python's around it.
-    by_class = isinstance(spec, type) and is_dataclass(spec)
+    by_class = isinstance(spec, type) and is_dataclass(spec) and by_position(spec)
     return _flat(made.size, made.flat, partial(starmap, spec) if by_class else partial(map, made.make))
 
 

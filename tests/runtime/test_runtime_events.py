@@ -42,6 +42,12 @@ class Event:
     rest: Annotated[bytes, "8s"]
 
 
+@dataclass(kw_only=True, frozen=True)
+class Named:
+    number: Annotated[int, "I"]
+    zero: Annotated[int, "I"] = 0
+
+
 class CEvent(ctypes.Structure):
     _fields_ = (("number", ctypes.c_uint32), ("zero", ctypes.c_uint32), ("rest", ctypes.c_uint64))
 
@@ -71,6 +77,7 @@ def test_events_have_the_type_that_is_asked_for(backend, code):
             ("=II8x", lambda event: event[0]),
             ("Q", lambda event: event),
             (Event, lambda event: event.number),
+            (Named, lambda event: event.number),
             (CEvent, lambda event: event.number),
             (BTF, lambda event: event.number),
             (lambda data: int.from_bytes(data[:4], "little"), lambda event: event),
@@ -440,10 +447,33 @@ def test_only_maps_of_events_are_read(backend):
             map.writer()
 
 
+def test_processors_and_wakeups_that_cannot_be_are_said(backend):
+    with sender(backend, TO_PERF) as it:
+        for cpu in (-1, it.map.shape.max_entries):
+            with pytest.raises(ValueError, match=f"none for {cpu}"):
+                it.map.events(cpus=[0, cpu])
+        with pytest.raises(ValueError, match="-1"):
+            it.map.events(wakeup=-1)
+
+
+@KINDS
+def test_closing_ends_what_goes_over_events(backend, code):
+    with sender(backend, code) as it:
+        for going in (iter, lambda events: events.during(60.0)):
+            events = it.map.events("Q")
+            it.send(1)
+            seen = []
+            for event in going(events):
+                seen.append(event)
+                events.close()
+            assert seen == [1]
+            assert list(going(events)) == []
+
+
 @KINDS
 def test_a_type_that_is_none_is_refused_and_nothing_stays_open(backend, code):
     with sender(backend, code) as it:
-        for wrong in (int, "y", object()):
+        for wrong in (int, "y", "", "0s", object()):
             with pytest.raises((TypeError, ValueError)):
                 it.map.events(wrong)
         with it.map.events("Q") as events:
