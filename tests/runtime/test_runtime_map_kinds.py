@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,16 @@ import pytest
 import kbpf
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.runtime.backends import get_backend
+from kbpf.runtime.maps.base import as_created
+from kbpf.runtime.maps.unmade import reasons
 from kbpf.testing.btf_bytes import BtfBytes
 from kbpf.types import Int, Member, Struct
 from kbpf.uapi.constants import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG
+from kbpf.uapi.enums import MAP_TYPES
 
+#: What needs more than sizes, and what is no type.
+NOT_MADE = ("arena", "struct_ops", "unspec")
 CODE = (Instruction(ebpf.ALU64 | ebpf.MOV, 0, imm=0), Instruction(ebpf.JMP | ebpf.EXIT))
 U32 = Int(name="u32", size=4)
 
@@ -42,6 +50,55 @@ def udp() -> Iterator[socket.socket]:
 
 def refused_with(number: int) -> Any:
     return pytest.raises(kbpf.BpfError, check=lambda error: error.errno == number)
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ({"type": "hsh"}, "did you mean 'hash'"),
+        ({"type": "zzzz"}, "there is no map type 'zzzz'$"),
+        ({"type": "hash", "key_size": 0}, "say what keys are"),
+        ({"type": "hash", "value_size": 0}, "say what values are"),
+        ({"type": "hash", "max_entries": 0}, "max_entries is 0"),
+        ({"type": "array", "key_size": 8}, "4 bytes, not 8"),
+        ({"type": "queue"}, "no keys: key_size must be 0 and not 4"),
+        ({"type": "lpm_trie", "key_size": 8}, "flags=BPF_F_NO_PREALLOC"),
+        ({"type": "lpm_trie", "flags": BPF_F_NO_PREALLOC}, "1 to 256 bytes of a prefix"),
+        ({"type": "prog_array", "value_size": 8}, "values have 4 bytes, not 8"),
+        ({"type": "ringbuf", "key_size": 0, "value_size": 0, "max_entries": 5000}, "a power of two"),
+        ({"type": "ringbuf", "key_size": 0, "max_entries": 4096}, "no values"),
+        ({"type": "sk_storage", "max_entries": 0}, "flags=BPF_F_NO_PREALLOC"),
+        ({"type": "sk_storage", "flags": BPF_F_NO_PREALLOC}, "max_entries must be 0"),
+        ({"type": "sk_storage", "flags": BPF_F_NO_PREALLOC, "max_entries": 0}, "it takes BTF"),
+        ({"type": "hash_of_maps"}, "after another map"),
+        ({"type": "array_of_maps"}, "after another map"),
+    ],
+)
+def test_a_map_that_cannot_be_says_what_is_wrong(backend, spec, why):
+    with pytest.raises(kbpf.BpfError, match=why) as refused:
+        made(**{"backend": backend, "key_size": 4, "value_size": 4, "max_entries": 4, **spec})
+    assert refused.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("type", sorted(MAP_TYPES))
+def test_no_reason_is_found_in_what_the_kernel_makes(backend, type):
+    """Of the sizes that a type may have, all that it takes are without a reason."""
+    btf = BtfBytes()
+    storage = {"btf": btf.bytes(), "btf_key_type_id": btf.int, "btf_value_type_id": btf.int}
+    taken = 0
+    with made("array", backend, key_size=4, value_size=4, max_entries=1) as template:
+        for key, value, entries, flags in itertools.product((0, 4, 8, 16), (0, 4, 8), (0, 1, 4096), (0, 1)):
+            spec = kbpf.MapSpec(type=type, key_size=key, value_size=value, max_entries=entries, flags=flags)
+            if type.endswith("_storage"):
+                spec = replace(spec, **storage)
+            try:
+                map = kbpf.BpfMap.create(spec, backend, inner=template if "of_maps" in type else None)
+            except kbpf.BpfError:
+                continue
+            map.close()
+            taken += 1
+            assert reasons(as_created(spec, get_backend(backend))) == (), spec
+    assert taken or type in NOT_MADE, type
 
 
 def test_a_type_has_one_class_and_others_refuse_it(backend):
@@ -256,10 +313,13 @@ def test_a_map_of_maps_takes_maps_and_gives_ids(backend):
             one[0] = 77
             outer[key] = one
             assert outer.snapshot() == {key: one.id}
-            with outer.inner(key, value="I") as same:
+            with outer.inner(key, key="I", value="I") as same:
                 assert (same.id, same[0]) == (one.id, 77)
-            with made("hash", backend, key="I", value="I", max_entries=1) as unlike, refused_with(errno.EINVAL):
-                outer[key] = unlike
+            with made("hash", backend, key="I", value="I", max_entries=1) as unlike:
+                with pytest.raises(kbpf.BpfError, match="of its template"):
+                    outer[key] = unlike
+                with pytest.raises(kbpf.BpfError, match="of its template"):
+                    outer.update_many({key: unlike})
             assert outer.pop(key) == one.id
             assert key not in outer
 

@@ -17,6 +17,7 @@ from kbpf.info import MapInfo
 from kbpf.runtime.backends import select
 from kbpf.runtime.codecs import Codec, codec, per_cpu_codec
 from kbpf.runtime.failures import doing, translate
+from kbpf.runtime.maps.unmade import needs_template, reasons
 from kbpf.runtime.resource import Descriptor, Resource
 from kbpf.specs import MapSpec
 from kbpf.types import Type
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from kbpf.runtime.events import Events
 
 _PER_CPU = frozenset(["percpu_hash", "percpu_array", "lru_percpu_hash", "percpu_cgroup_storage"])
-_STORES = ("map_update_elem", "map_update_batch")
+#: Commands that store elements.
+STORES = ("map_update_elem", "map_update_batch")
 
 Self = TypeVar("Self", bound="BpfMap")
 
@@ -110,8 +112,15 @@ class BpfMap(Resource):
             if said is not None:
                 _codec_of(said, size)
         named = f'map "{spec.name}" ({spec.type})' if spec.name else f"map ({spec.type})"
-        with doing(chosen, f"create {named}", operation="map_create", map_type=spec.type):
+        if inner is None and needs_template(spec):
+            hint = "it is made after another map: pass one as inner, or the inner spec"
+            raise BpfError(errno.EINVAL, f"create {named}", (hint,))
+        try:
             fd = chosen.map_create(spec, None if inner is None else inner.fileno())
+        except OSError as error:
+            hints = reasons(spec) if error.errno == errno.EINVAL else ()
+            attempt = f"create {named}"
+            raise translate(error, chosen, attempt, operation="map_create", map_type=spec.type, hints=hints) from None
         shape = Shape(spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags, spec.name)
         made = kind(
             chosen, fd, shape, spec.key_type if key is None else key, spec.value_type if value is None else value
@@ -347,7 +356,7 @@ class BpfMap(Resource):
         if isinstance(error, BpfError):
             return error  # The map was closed.
         attempt, hints = f"{what} {self.label}", self._hints(error.errno or 0, operation)
-        if error.errno in (errno.E2BIG, errno.ENOSPC) and operation in _STORES and not hints:
+        if error.errno in (errno.E2BIG, errno.ENOSPC) and operation in STORES and not hints:
             return MapFullError(error.errno, attempt, (f"it holds {self.shape.max_entries} entries",))
         return translate(error, self._backend, attempt, operation=operation, map_type=self.type, hints=hints)
 

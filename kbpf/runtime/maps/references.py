@@ -17,7 +17,7 @@ from kbpf.runtime.codecs import Codec, codec
 from kbpf.runtime.failures import doing
 from kbpf.runtime.map import Map
 from kbpf.runtime.maps.arrays import IndexedMap
-from kbpf.runtime.maps.base import BpfMap
+from kbpf.runtime.maps.base import STORES, BpfMap
 from kbpf.runtime.resource import Resource
 from kbpf.types import Int
 from kbpf.uapi.constants import BPF_ANY
@@ -71,6 +71,12 @@ class ProgramArray(References, IndexedMap):
     wanted = "Program"
     has_gaps = True
 
+    def _hints(self, number: int, operation: str) -> tuple[str, ...]:
+        if number == errno.EINVAL and operation in STORES:
+            kind = self.info.owner_type
+            return (f"the first program said that all are of type {kind}",) if kind else ()
+        return super()._hints(number, operation)
+
     def program(self, index: int) -> Program:
         """Open the program at an index: the caller closes it. Needs CAP_SYS_ADMIN."""
         from kbpf.runtime.program import Program
@@ -87,9 +93,17 @@ class MapOfMaps(References):
     wanted = "map"
     has_gaps = True
 
-    def inner(self, key: Any, **types: Any) -> BpfMap:
-        """Open the map at a key: the caller closes it. `types` as for `open`. Needs CAP_SYS_ADMIN."""
-        return BpfMap.open(id=self[key], backend=self.backend, **types)
+    def _hints(self, number: int, operation: str) -> tuple[str, ...]:
+        if number == errno.EINVAL and operation in STORES:
+            return ("maps in it have the type, sizes and flags of its template, arrays its max_entries too",)
+        return super()._hints(number, operation)
+
+    def inner(self, at: Any, /, *, key: Any = None, value: Any = None) -> BpfMap:
+        """Open the map at a key of this one: the caller closes it. Needs CAP_SYS_ADMIN.
+
+        `key` and `value` say what its keys and values are, as for `open`. Raises `KeyError` where there is none.
+        """
+        return BpfMap.open(id=self[at], backend=self.backend, key=key, value=value)
 
 
 class ArrayOfMaps(MapOfMaps, IndexedMap):
