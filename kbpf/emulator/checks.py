@@ -37,13 +37,18 @@ def check(instructions: Sequence[Instruction], may_load_packet: bool = True) -> 
     `may_load_packet` says that the program's type has LD_ABS and LD_IND.
     """
     check_length(instructions)
-    starts = _function_starts(instructions)
-    _check_jumps(instructions, starts)
-    seconds = _check_wide_loads(instructions)
+    starts, seconds = check_layout(instructions)
     for pc, instruction in enumerate(instructions):
         if pc not in seconds:
             _check_fields(pc, instruction, may_load_packet)
     _check_reachable(instructions, starts, seconds)
+
+
+def check_layout(instructions: Sequence[Instruction]) -> tuple[list[int], frozenset[int]]:
+    """Where functions start, out of which no jump goes, and the second slots of 64-bit immediate loads."""
+    starts = _function_starts(instructions)
+    _check_jumps(instructions, starts)
+    return starts, _check_wide_loads(instructions)
 
 
 def is_call(instruction: Instruction) -> bool:

@@ -14,8 +14,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kbpf.backend import Engine
-from kbpf.emulator import engines, helpers
+from kbpf.backend import Engine, LoadRefused
+from kbpf.emulator import checks, engines, helpers
 from kbpf.emulator.context import SkBuff
 from kbpf.emulator.interpreter import BUDGET, link
 from kbpf.emulator.memory import Region
@@ -87,6 +87,10 @@ def _check(instructions: Sequence[Instruction]) -> None:
             raise ValueError(f"instruction {pc}: there is nothing of the kernel's to refer to")
     if second or not instructions:
         raise ValueError("the program ends within an instruction" if second else "there is no program")
+    try:
+        checks.check_layout([*instructions, Instruction(_EXIT)])
+    except LoadRefused as refused:
+        raise ValueError(refused.log.strip()) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -163,6 +163,10 @@ def test_functions_loops_and_the_stack(engine: Engine) -> None:
         ([ld_imm64(0, 0)[0]], "within an instruction"),
         ([*ld_imm64(0, 3, ebpf.PSEUDO_MAP_FD), EXIT], "nothing of the kernel's"),
         ([], "no program"),
+        ([ld_imm64(0, 0)[0], I(A64 | ebpf.MOV), EXIT], "invalid bpf_ld_imm64"),
+        # One function goes on into another, or jumps there.
+        ([I(A64 | ebpf.MOV), I(ebpf.JMP | ebpf.CALL, 0, 1, 0, 0)], "last insn is not an exit or jmp"),
+        ([I(ebpf.JMP | ebpf.CALL, 0, 1, 0, 1), EXIT, I(ebpf.JMP | ebpf.JA, 0, 0, -3)], "jump out of range"),
     ],
 )
 def test_what_cannot_be_run_is_said(engine: Engine, program: list[Instruction], words: str) -> None:
