@@ -75,11 +75,14 @@ class Collection:
         return f"<Collection of programs {list(self.programs)} and maps {list(self.maps)}, {self.backend}>"
 
 
-def load(source: str | os.PathLike[str] | bytes | CollectionSpec, backend: str | None = None) -> Collection:
+def load(
+    source: str | os.PathLike[str] | bytes | CollectionSpec, backend: str | None = None, engine: Engine = "auto"
+) -> Collection:
     """Load an object file: its maps and all its programs.
 
     `source` is a path, the bytes of an ELF object, or a spec read before. Maps are keyed by their names in the
-    object (``.rodata``, ``.bss`` and the like by section), programs by their functions' names.
+    object (``.rodata``, ``.bss`` and the like by section), programs by their functions' names. `engine` is what runs
+    emulated programs; see `load_program`.
 
     Raises `ObjectError` for a file that is not a proper BPF object, `VerifierError` for a program that is refused,
     `PermissionDeniedError`, `BpfError` (EINVAL for a pinned map that is another than the object's); nothing stays open
@@ -89,7 +92,7 @@ def load(source: str | os.PathLike[str] | bytes | CollectionSpec, backend: str |
         from kbpf.elf import read_object
 
         source = read_object(source)
-    return Collection.from_spec(source, backend)
+    return Collection.from_spec(source, backend, engine)
 
 
 def _select(backend: str | None, types: set[str]) -> Backend:

@@ -13,6 +13,7 @@ import pytest
 
 import kbpf
 from kbpf.backend import BackendName
+from kbpf.emulator.backend import EmulatorBackend
 from kbpf.runtime import collection as collections
 from kbpf.runtime.backends import get_backend
 
@@ -73,3 +74,13 @@ def test_a_map_that_the_collection_does_not_have_is_named(backend: str) -> None:
     program = kbpf.ProgramSpec(instructions=RETURN_SEVEN, maps=(replace(PINNED, name="elsewhere"),))
     with pytest.raises(ValueError, match="elsewhere"):
         kbpf.load(kbpf.CollectionSpec(programs={"count": program}), backend=backend)
+
+
+def test_all_programs_of_a_collection_are_run_by_the_engine_that_is_asked_for() -> None:
+    source = Path(kbpf.__file__).with_name("objects") / "sockex1.bpf.o"
+    with pytest.raises(ValueError, match="engine: 'fast' is none of auto, interpreter, jit"):
+        kbpf.load(source, backend="emulator", engine="fast")  # type: ignore[arg-type]
+    with kbpf.load(source, backend="emulator", engine="interpreter") as collection:
+        backend = collection.programs["count"]._backend
+        assert isinstance(backend, EmulatorBackend)
+        assert backend.program(collection.programs["count"].fileno()).code.engine == "interpreter"
