@@ -475,7 +475,11 @@ class Output:
             done = 0
             while done < len(view):
                 with view[done:] as rest:
-                    done += self._file.write(rest) or 0
+                    try:
+                        done += self._file.write(rest) or 0
+                    except OSError as error:
+                        error.filename = str(self._path)
+                        raise
 
 
 def is_file(path: Path) -> bool:

@@ -407,3 +407,12 @@ def test_parts_have_names_of_their_own_and_go(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             run_capture("", [tmp_path / "missing", *paths], write=out, engine="interpreter", executor=executor)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "out.part0"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is missing")
+@ENGINES
+def test_a_full_disk_is_said_with_the_file(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(FILES["pcap"])
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        run_capture("", path, write="/dev/full", engine=engine)
