@@ -10,10 +10,12 @@ import click
 
 import kbpf
 from kbpf.cli import objects
+from kbpf.cli.formatted import formatted, global_data, is_of_btf
 from kbpf.cli.output import plain
 from kbpf.runtime.codecs import Codec
 from kbpf.runtime.maps.keyless import BloomFilter, Queue
 from kbpf.runtime.maps.references import MapOfMaps, ProgramArray
+from kbpf.types import Struct
 
 
 def split(words: tuple[str, ...], names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
@@ -50,22 +52,37 @@ def read(map: kbpf.BpfMap, given: dict[str, tuple[str, ...]]) -> tuple[bytes, by
 
 def fields(map: kbpf.BpfMap, key: bytes, value: bytes) -> dict[str, Any]:
     """An element as ``bpftool -j`` has it: the bytes, and as `formatted` what they mean where that is known."""
+    size = map.shape.value_size
     # bpftool has an empty key where there is none.
-    raw: dict[str, Any] = {"key": _hexadecimal(key)}
-    meant = {"key": map.key_codec.decode(key)} if key else {}
+    found: dict[str, Any] = {"key": _hexadecimal(key)}
+    meant: dict[str, Any] = {"key": _meant(map.key_type, map.key_codec, key)} if key else {}
     if map.per_cpu:
-        size = map.shape.value_size
-        parts = (value[at : at + size] for at in range(0, len(value), -(-size // 8) * 8))
-        raw["values"] = [{"cpu": cpu, "value": _hexadecimal(part)} for cpu, part in enumerate(parts)]
-        values = map.value_codec.decode(value)
-        meant["values"] = [{"cpu": cpu, "value": plain(one)} for cpu, one in enumerate(values)]
-        typed = not isinstance(values[0], bytes)
+        parts = [value[at : at + size] for at in range(0, len(value), -(-size // 8) * 8)]
+        found["values"] = [{"cpu": cpu, "value": _hexadecimal(part)} for cpu, part in enumerate(parts)]
+        values = [_meant(map.value_type, map.element_codec, part) for part in parts]
+        meant["values"] = [{"cpu": cpu, "value": _written(one)} for cpu, one in enumerate(values)]
+        known = not isinstance(values[0], bytes)
+    elif map.key_type is None and isinstance(map.value_type, Struct) and is_of_btf(map.value_type, size):
+        # Of a section of variables only the value has a type.
+        found["value"], meant, known = _hexadecimal(value), {"value": global_data(map.value_type, value)}, True
     else:
-        raw["value"], meant["value"] = _hexadecimal(value), map.value_codec.decode(value)
-        typed = not isinstance(meant["value"], bytes)
-    if not typed and isinstance(meant.get("key", b""), bytes):
-        return raw
-    return raw | {"formatted": {name: part if name == "values" else plain(part) for name, part in meant.items()}}
+        found["value"], meant["value"] = _hexadecimal(value), _meant(map.value_type, map.value_codec, value)
+        known = not isinstance(meant["value"], bytes)
+    if not known and isinstance(meant.get("key", b""), bytes):
+        return found
+    return found | {"formatted": {name: _written(part) for name, part in meant.items()}}
+
+
+def _meant(type: Any, codec: Codec, data: bytes) -> Any:
+    """What JSON has for it, or bytes where nothing is known of it."""
+    if is_of_btf(type, len(data)):
+        return formatted(type, data)
+    found = codec.decode(data)
+    return found if isinstance(found, bytes) else plain(found)
+
+
+def _written(meant: Any) -> Any:
+    return meant.hex() if isinstance(meant, bytes) else meant
 
 
 def _hexadecimal(data: bytes) -> list[str]:
