@@ -183,3 +183,27 @@ def test_who_has_gone_again_is_accepted_with_its_address(worlds: tuple[World, Wo
         return address == name, said(accepted.getpeername), said(accepted.recv, 10), recorder.recorded()
 
     same(worlds, scenario)
+
+
+def test_ipv4_on_an_ipv6_socket_is_ipv6s_affair(worlds: tuple[World, World]) -> None:
+    (port,) = free_ports(INET4, 1, STREAM)
+
+    def scenario(world: World) -> Any:
+        server, client = listener(world), world.open(INET6, STREAM)
+        addr = "cgroup_sock_addr"
+        recorders = [
+            world.record(addr, f"cgroup_inet{version}_{hook}", address_of(version)[:5])
+            for version in (4, 6)
+            for hook in ("bind", "connect", "getpeername")
+        ]
+        recorders += [
+            world.record("cgroup_sock", f"cgroup_inet{version}_post_bind", whole("bpf_sock", "family", "src_port"))
+            for version in (4, 6)
+        ]
+        recorders.append(world.record("cgroup_skb", "cgroup_inet_egress", whole("__sk_buff", "family", "protocol")))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.bind(("::ffff:127.0.0.1", port))
+        client.connect(("::ffff:127.0.0.1", server.getsockname()[1]))
+        return client.getpeername()[0], [recorder.recorded() for recorder in recorders]
+
+    same(worlds, scenario)
