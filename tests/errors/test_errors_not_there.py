@@ -39,12 +39,12 @@ def older(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_program_type_that_this_kernel_was_built_without() -> None:
     if features.program_type("lirc_mode2", backend="kernel").answer != "no":
         pytest.skip("this kernel has programs for infrared receivers")
-    with pytest.raises(kbpf.NotSupportedError, match="no program type lirc_mode2 here; Linux has it since 4.18"):
+    with pytest.raises(kbpf.NotSupportedError, match=r"no program type lirc_mode2 here; Linux has it since 4\.18"):
         kbpf.load_program(kbpf.ProgramSpec(type="lirc_mode2", instructions=RETURNS_0), backend="kernel")
 
 
 def test_types_that_an_older_kernel_does_not_know(older: None) -> None:
-    with pytest.raises(kbpf.NotSupportedError, match="no map type arena here; Linux has it since 6.9"):
+    with pytest.raises(kbpf.NotSupportedError, match=r"no map type arena here; Linux has it since 6\.9"):
         kbpf.BpfMap.create(ARENA, "kernel")
     with pytest.raises(kbpf.NotSupportedError, match=TCX):
         kbpf.attached_programs("lo", "tcx_ingress", "kernel")
