@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from collections.abc import Iterator
@@ -45,7 +46,15 @@ class Place:
         return kbpf.load_program(ProgramSpec(type=type, instructions=RETURNS_2, **spec), backend=self.backend)
 
     def attach(self, program: kbpf.Program, *arguments: Any, **keywords: Any) -> kbpf.InterfaceLink:
-        return self.call(program.attach, *arguments, **keywords)
+        # The kernel lets a link that nobody holds go a moment later, and until then its place is taken.
+        for _ in range(500):
+            try:
+                return self.call(program.attach, *arguments, **keywords)
+            except kbpf.BpfError as error:
+                if error.errno not in (errno.EBUSY, errno.EEXIST):
+                    raise
+            time.sleep(0.01)
+        raise TimeoutError(f"{arguments} stays taken")
 
     def attempt(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         """What it gives, or the errno that it ends with."""
