@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +113,12 @@ class TestKernel:
             "netfilter",
         ):
             assert ask("attach_type", name), name
+
+    def test_an_iterator_is_made_and_let_go(self) -> None:
+        before = Path("/proc/self/fd")
+        count = len(list(before.iterdir()))
+        assert ask("link_type", "iter")
+        assert len(list(before.iterdir())) == count
 
     def test_lack_of_room_is_inconclusive(self) -> None:
         script = (
