@@ -17,6 +17,7 @@ import kbpf
 from kbpf.emulator import add_cgroup, remove_cgroup
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.runtime import inventory
 from kbpf.runtime.backends import get_backend
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing.btf_bytes import BtfBytes
@@ -226,6 +227,38 @@ def test_a_link_is_opened_by_id_and_by_pin(backend: Any, group: str) -> None:
             kbpf.Link.open(path=path, backend=backend)
         with pytest.raises(TypeError, match="exactly one"):
             kbpf.Link.open(path=path, id=1, backend=backend)
+
+
+def test_pins_are_found_by_what_is_pinned(backend: Any) -> None:
+    first, second, third = (f"/sys/fs/bpf/kbpf-test-pins-{os.getpid()}-{number}" for number in range(3))
+    seam = get_backend(backend)
+    array = MapSpec(type="array", key_size=4, value_size=4, max_entries=1)
+    program = kbpf.load_program(ProgramSpec(instructions=RETURNS_0), backend=backend)
+    with kbpf.Map.create(array, backend) as map, program as one:
+        before = [inventory.pins(kind, backend) for kind in ("map", "program", "link")]
+        map.pin(first)
+        map.pin(second)
+        one.pin(third)
+        try:
+            maps, programs, links = [inventory.pins(kind, backend) for kind in ("map", "program", "link")]
+            assert sorted(maps[map.id]) == [first, second]
+            assert programs[one.id] == [third]
+            assert links == before[2]
+        finally:
+            for path in (first, second, third):
+                seam.unpin(path)
+        assert map.id not in inventory.pins("map", backend)
+
+
+def test_values_are_read_as_the_bytes_that_they_are(backend: Any) -> None:
+    spec = MapSpec(type="percpu_array", key_size=4, value_size=3, max_entries=2)
+    with kbpf.Map.create(spec, backend) as map:
+        slots = map.value_codec.size // 8
+        map[1] = [b"abc"] * slots
+        assert map.raw_value(b"\1\0\0\0") == b"abc\0\0\0\0\0" * slots
+        assert dict(map.raw_items()) == {bytes(4): bytes(8 * slots), b"\1\0\0\0": b"abc\0\0\0\0\0" * slots}
+        with pytest.raises(KeyError):
+            map.raw_value(b"\2\0\0\0")
 
 
 def test_a_program_is_no_link(backend: Any) -> None:
