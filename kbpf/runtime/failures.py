@@ -75,7 +75,7 @@ def translate(
     """The exception for an errno; see `doing`."""
     number = error.errno or 0
     log = error.log if isinstance(error, LoadRefused) else ""
-    if number in (errno.EPERM, errno.EACCES, errno.ENOSYS) and not log:
+    if number in (errno.EPERM, errno.EACCES, errno.ENOSYS) and (not log or _says_nothing(log)):
         reasons = backend.explain_denied(
             operation,
             number,
@@ -119,3 +119,11 @@ def _missing(backend: Backend, operation: str, program_type: str, map_type: str,
         return ""  # No Linux has it, and what refused says so.
     since = f"; Linux has it since {answer.since}" if answer.since else ""
     return f"there is no {kind.replace('_', ' ')} {name} here{since}" if answer.answer == "no" else ""
+
+
+def _says_nothing(log: str) -> bool:
+    """The verifier's log has only its numbers: something else refused than what it looks at."""
+    from kbpf.verifier_log import read_log
+
+    found = read_log(log)
+    return not found.reason and not found.cut

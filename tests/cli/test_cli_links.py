@@ -195,6 +195,13 @@ def test_iterators(shown, over: str, keywords: dict[str, int], expected: dict[st
         assert text == ["  ".join(f"{name} {value}" for name, value in told.items())]
 
 
+def test_iterators_over_control_groups(shown, group: str) -> None:
+    with program("tracing", "trace_iter", attach_to="cgroup") as loaded, loaded.iterator(cgroup=group) as link:
+        told, text, theirs = shown(link.fileno(), loaded)
+        assert told == theirs and told["order"] == "descendants_pre"
+        assert text == [f"target_name cgroup  cgroup_id {told['cgroup_id']}  order descendants_pre"]
+
+
 def test_socket_maps(shown) -> None:
     sockets = MapSpec(type="sockmap", key_size=4, value_size=4, max_entries=2)
     with kbpf.Map.create(sockets, "kernel") as map, program("sk_msg") as loaded, loaded.attach(map) as link:

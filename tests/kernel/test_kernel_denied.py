@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 import kbpf
+from kbpf.backend import LoadRefused
 from kbpf.kernel import denied, probes
 from kbpf.kernel.backend import KernelBackend
 from kbpf.kernel.denied import explain_denied
 from kbpf.kernel.probes import Privileges
+from kbpf.runtime.failures import translate
 from kbpf.specs import MapSpec
 
 Runner = Callable[..., subprocess.CompletedProcess[str]]
@@ -191,6 +193,19 @@ def filtered(readable_kbpf: Path) -> Callable[..., list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+@pytest.mark.requires("kernel")
+def test_a_log_that_says_nothing_is_no_verifiers_refusal(kernel: KernelBackend) -> None:
+    numbers = "processed 0 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0\n"
+    cut = "7: (79) r0 = *(u64 *)(r0 +0)\n"
+    said = {
+        log: type(
+            translate(LoadRefused(errno.EPERM, log), kernel, "load", operation="prog_load", program_type="tracing")
+        )
+        for log in ("", numbers, cut, "R0 leaks addr as return value\n" + numbers)
+    }
+    assert list(said.values()) == [kbpf.PermissionDeniedError] * 2 + [kbpf.VerifierError] * 2
 
 
 @pytest.mark.requires("kernel")
