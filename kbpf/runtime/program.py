@@ -18,7 +18,7 @@ from kbpf.runtime.backends import select
 from kbpf.runtime.contexts import pack_context, unpack_context
 from kbpf.runtime.failures import doing
 from kbpf.runtime.maps.base import BpfMap
-from kbpf.runtime.packets import Packets, listed_packets
+from kbpf.runtime.packets import Packets, as_bytes, listed_packets
 from kbpf.runtime.resource import Resource
 from kbpf.specs import Netfilter, ProgramSpec
 from kbpf.uapi import constants as uapi
@@ -261,11 +261,13 @@ class Program(Resource):
     def run_all(self, packets: Iterable[bytes] | Packets) -> array[int]:
         """Run it over many packets, as `run` does over each: the values that it returned, 32 bits unsigned.
 
-        `packets` are bytes objects, a `kbpf.Packets`, or an open capture. In the emulator that is one call of native
+        `packets` are objects of bytes, a `kbpf.Packets`, or an open capture. In the emulator that is one call of native
         code for programs whose context is only read and whose helpers have nothing to do with the packet, once there
         is work enough (or with ``engine="jit"``). Raises what `run` raises; the packets before have run then.
         """
         listed, _ = listed_packets(packets)
+        if set(map(type, listed)) - {bytes}:
+            listed = [as_bytes(packet) for packet in listed]
         raw = self._packed_context(None)
         with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
             return self._backend.program_values(self.fileno(), listed, raw)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 import kbpf
-from kbpf.backend import Backend
+from kbpf.backend import Backend, Engine
 from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.jit.testrun import NativeTestRuns
 from kbpf.errors import BpfError, EmulationFault
@@ -205,3 +205,13 @@ def test_what_programs_see_of_many_frames_is_what_they_see_on_the_kernel(type: s
             values.append(list(program.run_all(packets)))
     assert values[0] == values[1] == values[2]
     assert len(set(values[0])) > 200
+
+
+@pytest.mark.parametrize("engine", ["interpreter", "jit"])
+def test_packets_may_be_any_objects_of_bytes(engine: Engine) -> None:
+    packets = frames(5)
+    others = [bytearray(packets[0]), memoryview(packets[1]), *packets[2:]]
+    with kbpf.load_program(BY_PROTOCOL, backend="emulator", engine=engine) as program:
+        assert program.run_all(others) == program.run_all(packets)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            program.run_all([60])  # type: ignore[list-item]
