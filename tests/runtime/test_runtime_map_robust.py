@@ -21,6 +21,7 @@ import pytest
 import kbpf
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.uapi.constants import BPF_F_NO_PREALLOC
 
 KERNEL = pytest.mark.requires("kernel")
 SPEC = kbpf.MapSpec(type="hash", max_entries=1000, name="robust")
@@ -121,6 +122,68 @@ def test_threads_share_a_map(backend):
         with Threads(*(writer(start) for start in (0, 100, 200, 300))) as threads:
             read_until(5, threads, lambda: time.sleep(0.001))
         assert len(map) == 0
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns as often as the interpreter lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("type", ["hash", "lru_hash", "percpu_hash", "lpm_trie"])
+def test_threads_leave_a_map_whole(backend, type, restless):
+    """Each key has one value ever; afterwards walking and looking up find the same, and there is room for all."""
+    trie = type == "lpm_trie"
+    more = {"key": None, "key_size": 8, "flags": BPF_F_NO_PREALLOC} if trie else {}
+
+    def key(number):
+        return (32, number.to_bytes(4, "big")) if trie else number
+
+    def number(key):
+        return int(key.network_address) if trie else key
+
+    with of(backend, type, 64, **more) as map:
+        slots = len(map.value_codec.decode(bytes(map.value_codec.size))) if map.per_cpu else 0
+
+        def value(number):
+            return (number,) * slots if slots else number
+
+        def churn(seed, rounds=600):
+            rng = random.Random(seed)
+            for _ in range(rounds):
+                with contextlib.suppress(kbpf.MapFullError):
+                    one = rng.randrange(100)
+                    map[key(one)] = value(one)
+                one = rng.randrange(100)
+                assert map.get(key(one)) in (None, value(one))
+                with contextlib.suppress(KeyError):
+                    del map[key(rng.randrange(100))]
+                if rng.random() < 0.1:
+                    assert all(found == value(number(one)) for one, found in map.snapshot().items())
+
+        failed = []
+
+        def run(seed):
+            try:
+                churn(seed)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        walked = sorted(number(one) for one in map)
+        assert walked == [one for one in range(100) if key(one) in map]
+        map.clear()
+        if type != "lru_hash":
+            map.update_many({key(one): value(one) for one in range(64)})
+            assert all(map[key(one)] == value(one) for one in range(64))
 
 
 def test_increments_of_threads_add_up(backend):

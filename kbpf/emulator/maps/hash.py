@@ -13,6 +13,7 @@ import struct
 from kbpf.emulator.environment import environment
 from kbpf.emulator.maps.array import PER_CPU_LIMIT
 from kbpf.emulator.maps.base import Map, refused, round8
+from kbpf.emulator.maps.turns import in_turn
 from kbpf.emulator.memory import M32, Buffer, Region
 from kbpf.errors import ENOTSUPP
 from kbpf.uapi import constants as uapi
@@ -140,12 +141,14 @@ class Hash(Map):
             return 0
         return entry.address + environment.cpu * self._slot if self.per_cpu else entry.address
 
+    @in_turn
     def read(self, key: bytes) -> bytes:
         entry = self._entries.get(key)
         if entry is None:
             raise refused(errno.ENOENT)
         return self._value(entry)
 
+    @in_turn
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         if not self.per_cpu:
             self._put(key, value, flags)
@@ -160,9 +163,11 @@ class Hash(Map):
             self._slots.write(entry.address + at, value)
             self.used(entry)
 
+    @in_turn
     def write(self, key: bytes, value: bytes, flags: int) -> None:
         self._put(key, value, flags)
 
+    @in_turn
     def remove(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)
         if entry is None:
@@ -171,11 +176,13 @@ class Hash(Map):
         self.free_fields(entry.address)
         self._slots.give(entry.address)
 
+    @in_turn
     def take(self, key: bytes) -> bytes:
         value = self.read(key)
         self.remove(key)
         return value
 
+    @in_turn
     def following(self, key: bytes | None) -> bytes:
         entry = None if key is None else self._entries.get(key)
         after = (entry or self._ends).next
@@ -183,6 +190,7 @@ class Hash(Map):
             raise refused(errno.ENOENT)
         return after.key
 
+    @in_turn
     def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
         start = _TOKEN.unpack(token)[0] if token is not None else 0
         entry = self._ends.next

@@ -11,6 +11,7 @@ import struct
 
 from kbpf.emulator.maps.base import Map, refused, round8
 from kbpf.emulator.maps.hash import Slots
+from kbpf.emulator.maps.turns import in_turn
 from kbpf.uapi import constants as uapi
 
 _LENGTH = struct.Struct("=I")
@@ -62,12 +63,14 @@ class LpmTrie(Map):
                     return found[0]
         return 0
 
+    @in_turn
     def read(self, key: bytes) -> bytes:
         address = self.find(key)
         if not address:
             raise refused(errno.ENOENT)
         return self._slots.read(address, self.value_size)
 
+    @in_turn
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         if flags > uapi.BPF_EXIST:
             raise refused(errno.EINVAL)
@@ -89,6 +92,7 @@ class LpmTrie(Map):
         if old is not None:
             self._slots.give(old[0])
 
+    @in_turn
     def remove(self, key: bytes) -> None:
         prefix = self._prefix(key)
         entry = self._entries.pop(prefix, None)
@@ -100,6 +104,7 @@ class LpmTrie(Map):
         if not self._lengths[prefix[0]]:
             del self._lengths[prefix[0]]
 
+    @in_turn
     def following(self, key: bytes | None) -> bytes:
         order = self._post_order()
         if not order:
@@ -114,6 +119,7 @@ class LpmTrie(Map):
             raise refused(errno.ENOENT)
         return self._entries[order[at]][1]
 
+    @in_turn
     def chunk(self, token: bytes | None, count: int) -> tuple[list[bytes], list[bytes], bytes | None]:
         keys: list[bytes] = []
         key = token

@@ -7,6 +7,7 @@ full. Here exactly `max_entries` stay, and the one that goes is the one that no 
 from __future__ import annotations
 
 from kbpf.emulator.maps.hash import Entry, Hash
+from kbpf.emulator.maps.turns import in_turn
 
 
 class LruHash(Hash):
@@ -14,6 +15,10 @@ class LruHash(Hash):
 
     type = "lru_hash"
     evicts = True
+
+    @in_turn
+    def find(self, key: bytes) -> int:
+        return super().find(key)
 
     def used(self, entry: Entry) -> None:
         self._unlink(entry)

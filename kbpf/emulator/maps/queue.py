@@ -6,6 +6,7 @@ import errno
 from collections import deque
 
 from kbpf.emulator.maps.base import Map, refused
+from kbpf.emulator.maps.turns import in_turn
 from kbpf.uapi import constants as uapi
 
 #: KMALLOC_MAX_SIZE: the most that a value may take.
@@ -31,6 +32,7 @@ class Queue(Map):
     def allocate(self) -> None:
         self._values: deque[bytes] = deque()
 
+    @in_turn
     def push(self, value: bytes, flags: int) -> None:
         if flags & uapi.BPF_NOEXIST or flags > uapi.BPF_EXIST:
             raise refused(errno.EINVAL)
@@ -40,11 +42,13 @@ class Queue(Map):
             self._values.popleft()
         self._values.append(value)
 
+    @in_turn
     def peek(self) -> bytes:
         if not self._values:
             raise refused(errno.ENOENT)
         return self._values[self._end]
 
+    @in_turn
     def pop(self) -> bytes:
         value = self.peek()
         del self._values[self._end]
