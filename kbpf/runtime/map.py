@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Generator, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from contextlib import suppress
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -338,6 +339,25 @@ class Map(BpfMap, MutableMapping[Any, Any]):
                 deleted += 1
         return deleted
 
+    def drain(self) -> dict[Any, Any]:
+        """Take all elements out and give them, as for counters that are read and begin anew.
+
+        In batches (BPF_MAP_LOOKUP_AND_DELETE_BATCH, Linux 5.6: hashes), or key by key as `pop` does. What is added
+        meanwhile may be in it or stay; what a program adds to a value that it has looked up already may be lost with
+        it. Raises `BpfError` (EINVAL) where elements cannot be deleted.
+        """
+        taken: dict[Any, Any] = {}
+        size, decode, decode_value = self.shape.key_size, self.key_codec.decode, self.value_codec.decode
+        try:
+            for keys, values in self._chunks(delete=True):
+                taken.update(zip(self.key_codec.decode_many(keys), self.value_codec.decode_many(values), strict=True))
+        except _NoSuchBatch:
+            for keys, _ in list(self._chunks(keys_only=True)):
+                for key in (keys[at : at + size] for at in range(0, len(keys), size)):
+                    with suppress(KeyError):
+                        taken[decode(key)] = decode_value(self._take(key))
+        return taken
+
     def increment(self, key: Any, by: int = 1) -> None:
         """Add to a number of 4 or 8 bytes, of which nothing gets lost: neither what programs add nor what others do.
 
@@ -409,10 +429,11 @@ class Map(BpfMap, MutableMapping[Any, Any]):
 
     # Reading it whole.
 
-    def _chunks(self, keys_only: bool = False) -> Generator[tuple[bytes, bytes], None, bool]:
+    def _chunks(self, keys_only: bool = False, delete: bool = False) -> Generator[tuple[bytes, bytes], None, bool]:
         """Keys and values back to back, chunk by chunk: by batch, or key by key where the type has none.
 
-        Gives in the end whether all that was there the whole time has been seen.
+        Gives in the end whether all that was there the whole time has been seen. With `delete` they are taken out, by
+        batch alone: `_NoSuchBatch` where there is none.
         """
         key_size, value_size = self.shape.key_size, self.value_codec.size
         entries = max(self.shape.max_entries, 1)
@@ -422,15 +443,18 @@ class Map(BpfMap, MutableMapping[Any, Any]):
         while True:
             try:
                 with self._descriptor as fd:
-                    batch = self._backend.map_lookup_batch(fd, token, size, key_size, value_size)
+                    batch = self._backend.map_lookup_batch(fd, token, size, key_size, value_size, delete)
             except OSError as error:
                 # A bucket that does not fit is left whole.
                 if error.errno == errno.ENOSPC and size <= entries:
                     size *= 2
                     continue
                 if not started and error.errno in _NO_COMMAND:
+                    if delete:
+                        raise _NoSuchBatch from None
                     return (yield from self._one_by_one(keys_only))
-                raise self._failure(error, "read", "map_lookup_batch") from None
+                attempt = ("take from", "map_lookup_and_delete_batch") if delete else ("read", "map_lookup_batch")
+                raise self._failure(error, *attempt) from None
             started = True
             if batch.length:
                 yield batch.keys, batch.values
@@ -460,6 +484,10 @@ class Map(BpfMap, MutableMapping[Any, Any]):
                     raise self._failure(error, "read", "map_lookup_elem") from None
             yield key, value
         return False
+
+
+class _NoSuchBatch(Exception):
+    """The type, or the kernel, takes nothing out by batch."""
 
 
 class _Items(ItemsView[Any, Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -57,6 +58,45 @@ def test_many_are_deleted_as_far_as_they_are_there(commands):
         assert set(map) == set(range(52, 100, 2))
         map.clear()
         assert (len(map), bool(map)) == (0, True)
+
+
+@pytest.mark.parametrize("type", ["hash", "percpu_hash", "lru_hash", "lpm_trie"])
+def test_draining_takes_all_out(commands, type):
+    more = {"key": None, "key_size": 8, "flags": BPF_F_NO_PREALLOC} if type == "lpm_trie" else {}
+    with of(commands, type, 300, **more) as map:
+        assert map.drain() == {}
+        slots = len(map.value_codec.decode(bytes(map.value_codec.size))) if map.per_cpu else 0
+        names = [f"10.0.{number}.0/24" if more else number for number in range(100)]
+        map.update_many((name, (index,) * slots if slots else index) for index, name in enumerate(names))
+        before = map.snapshot()
+        assert len(before) == 100
+        assert map.drain() == before
+        assert (len(map), map.drain()) == (0, {})
+
+
+def test_what_stays_is_not_drained(backend):
+    with of(backend, "array") as map, pytest.raises(kbpf.BpfError, match="stay"):
+        map.drain()
+    with of(backend) as map:
+        map[1] = 1
+        map.freeze()
+        with pytest.raises(kbpf.PermissionDeniedError, match="frozen"):
+            map.drain()
+        assert map[1] == 1
+
+
+@pytest.mark.parametrize("counts", [1, 4])
+def test_what_threads_drain_comes_once(backend, counts, monkeypatch):
+    monkeypatch.setattr("kbpf.runtime.map._BATCH_BYTES", 64)
+    with of(backend, max_entries=2000) as map:
+        map.update_many({number: number for number in range(2000)})
+        parts = []
+        threads = [threading.Thread(target=lambda: parts.append(map.drain())) for _ in range(counts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(key for part in parts for key in part) == list(range(2000))
 
 
 def test_keys_that_are_missing_cost_no_copies_of_those_behind_them(backend, monkeypatch):

@@ -80,6 +80,10 @@ class ArrayMap(IndexedMap):
         """Raises `BpfError` (EINVAL): elements of an array stay."""
         self._stays()
 
+    def drain(self) -> NoReturn:
+        """Raises `BpfError` (EINVAL): elements of an array stay."""
+        self._stays()
+
     def _stays(self) -> NoReturn:
         self.fileno()
         raise BpfError(errno.EINVAL, f"delete from {self.label}", self._hints(errno.EINVAL, "map_delete_elem"))
