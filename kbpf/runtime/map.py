@@ -124,9 +124,15 @@ class Map(BpfMap, MutableMapping[Any, Any]):
         return found if self._made is None else self._made(found)
 
     def raw_value(self, key: bytes) -> bytes:
-        """The bytes of a value; of a per-CPU map all CPUs', each rounded up to 8. `KeyError` for a missing key."""
+        """The bytes of a value; of a per-CPU map all CPUs', each rounded up to 8. `KeyError` for a missing key.
+
+        Raises `ValueError` for a key of another length than keys have.
+        """
+        if len(key) != self.shape.key_size:
+            raise ValueError(f"a key of {len(key)} bytes where {self.label} has {self.shape.key_size}")
         try:
-            return self._backend.map_lookup(self.fileno(), key, self.value_codec.size)
+            with self._descriptor as fd:
+                return self._backend.map_lookup(fd, key, self.value_codec.size)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise KeyError(key) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -56,6 +57,16 @@ def test_a_number_is_looked_up_by_its_bytes_too(backend):
         for key in (5, b"\5\0\0\0"):
             with pytest.raises(kbpf.PermissionDeniedError, match="may not be read"):
                 map[key]
+
+
+def test_raw_keys_have_the_length_of_keys(backend):
+    """The kernel reads as many bytes as keys have, also behind shorter ones."""
+    with of(backend, "I", "Q") as map:
+        map[5] = 50
+        assert map.raw_value(b"\5\0\0\0") == (50).to_bytes(8, sys.byteorder)
+        for wrong in (b"", b"\5", b"\5\0\0\0\0"):
+            with pytest.raises(ValueError, match=f"a key of {len(wrong)} bytes"):
+                map.raw_value(wrong)
 
 
 def test_ctypes_and_dataclasses_go_in_and_come_out(backend):
