@@ -57,7 +57,7 @@ class Environment:
     #: CLOCK_TAI in nanoseconds.
     tai_clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_TAI)
     #: Jiffies in a second (CONFIG_HZ).
-    ticks: int = 1000
+    ticks: int = 250
     numa_node: int = 0
     #: The process that programs run in: its thread group and thread, group and user, and name.
     pid_tgid: Callable[[], int] = lambda: os.getpid() << 32 | threading.get_native_id()
