@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from kbpf.runtime.failures import doing
-from kbpf.runtime.link import BpfLink, CgroupLink
+from kbpf.runtime.link import BpfLink, CgroupLink, attaching
 from kbpf.runtime.program import Program
 from kbpf.uapi import constants as uapi
 
@@ -46,13 +45,7 @@ def attach_to_cgroup(
             if not isinstance(other, str):
                 relative = other.fileno()
     where = f"{directory} ({hook})"
-    with doing(
-        backend,
-        f"attach {program.label} to {where}",
-        operation="link_create",
-        program_type=program.type,
-        attach_type=hook,
-    ):
+    with attaching(program, where, hook):
         group = backend.cgroup_open(directory)
         try:
             fd = backend.link_create(program.fileno(), group, hook, flags, relative)

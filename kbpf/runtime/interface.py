@@ -12,7 +12,7 @@ from typing import Literal
 from kbpf.backend import Attached, Backend
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
-from kbpf.runtime.link import BpfLink, InterfaceLink
+from kbpf.runtime.link import BpfLink, InterfaceLink, attaching
 from kbpf.runtime.program import Program
 from kbpf.uapi import constants as uapi
 
@@ -54,13 +54,7 @@ def attach_to_interface(
     if before is not None and after is not None:
         raise ValueError("before and after name two places")
     where = f"{interface} ({place})"
-    with doing(
-        backend,
-        f"attach {program.label} to {where}",
-        operation="link_create",
-        program_type=program.type,
-        attach_type=place,
-    ):
+    with attaching(program, where, place):
         index = interface if isinstance(interface, int) else backend.interface_index(interface)
         fd = backend.link_create(program.fileno(), index, place, flags, relative)
     return InterfaceLink.of(program, where, fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -251,6 +252,17 @@ class BpfLink(Resource, Link):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}, {'closed' if self.closed else self.backend}>"
+
+
+def attaching(program: Program, where: str, attach_type: str) -> AbstractContextManager[None]:
+    """`doing` for a link that is made of a program."""
+    return doing(
+        program._backend,
+        f"attach {program.label} to {where}",
+        operation="link_create",
+        program_type=program.type,
+        attach_type=attach_type,
+    )
 
 
 class InterfaceLink(BpfLink):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from kbpf.runtime.failures import doing
-from kbpf.runtime.link import BpfLink
+from kbpf.runtime.link import BpfLink, attaching
 from kbpf.runtime.maps.base import BpfMap
 from kbpf.runtime.program import Program
 from kbpf.specs import Netfilter
@@ -43,25 +43,13 @@ def attach_to_namespace(program: Program, path: str | os.PathLike[str]) -> BpfLi
 def attach_to_netfilter(program: Program, hook: Netfilter) -> BpfLink:
     """What `Program.attach` does for a netfilter hook."""
     backend, where = program._backend, str(hook)
-    with doing(
-        backend,
-        f"attach {program.label} to {where}",
-        operation="link_create",
-        program_type=program.type,
-        attach_type="netfilter",
-    ):
+    with attaching(program, where, "netfilter"):
         fd = backend.netfilter_link(program.fileno(), hook)
     return BpfLink.of(program, where, fd)
 
 
 def _link(program: Program, target: int, place: str, where: str) -> BpfLink:
     backend = program._backend
-    with doing(
-        backend,
-        f"attach {program.label} to {where}",
-        operation="link_create",
-        program_type=program.type,
-        attach_type=place,
-    ):
+    with attaching(program, where, place):
         fd = backend.link_create(program.fileno(), target, place)
     return BpfLink.of(program, where, fd)
