@@ -249,10 +249,12 @@ class Program(Resource):
                 raise TypeError("wirelen is for a context that is given by its fields")
             context = {**(context or {}), "wire_len": wirelen}  # type: ignore[dict-item]  # a mapping, as just checked
         raw = self._packed_context(context)
-        with doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type):
-            done = self._backend.program_run(
-                self.fileno(), bytes(memoryview(data)), raw, repeat, flags, cpu, batch_size
-            )
+        # Nobody else's program, where another thread closes this one.
+        with (
+            doing(self._backend, f"run {self.label}", operation="prog_test_run", program_type=self.type),
+            self._descriptor as fd,
+        ):
+            done = self._backend.program_run(fd, bytes(memoryview(data)), raw, repeat, flags, cpu, batch_size)
         if isinstance(context, bytes):
             return RunResult(done.value, done.data, done.context, done.duration_ns)
         after = unpack_context(name, done.context) if name and done.context else {}

@@ -21,6 +21,7 @@ import pytest
 import kbpf
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.runtime.backends import get_backend
 from kbpf.uapi.constants import BPF_F_NO_PREALLOC
 
 KERNEL = pytest.mark.requires("kernel")
@@ -357,6 +358,24 @@ def test_closing_waits_for_what_another_is_just_doing(backend, use):
         with pytest.raises(kbpf.BpfError) as refused:
             kbpf.BpfMap.open(fd=descriptor, backend=backend).close()
         assert refused.value.errno == errno.EBADF
+
+
+def test_closing_a_program_waits_for_its_run(backend, monkeypatch):
+    """Else the number could be another program's when it is run."""
+    code = (Instruction(ebpf.ALU64 | ebpf.MOV, 0, imm=7), Instruction(ebpf.JMP | ebpf.EXIT))
+    program = kbpf.load_program(kbpf.ProgramSpec(type="socket_filter", instructions=code), backend=backend)
+    known = type(get_backend(backend))
+    whole = known.program_run
+
+    def closing(self, *given):
+        program.close()
+        return whole(self, *given)
+
+    monkeypatch.setattr(known, "program_run", closing)
+    assert program.run(bytes(64)).value == 7
+    assert program.closed
+    with pytest.raises(kbpf.BpfError, match="closed"):
+        program.run(bytes(64))
 
 
 @KERNEL
