@@ -10,14 +10,15 @@ import errno
 import struct
 import sys
 import threading
-from collections.abc import Callable, Generator, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
 from contextlib import suppress
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kbpf.backend import Backend
-from kbpf.errors import ENOTSUPP, BpfError, PermissionDeniedError
+from kbpf.errors import BpfError, PermissionDeniedError
+from kbpf.runtime.maps import walk
 from kbpf.runtime.maps.base import BpfMap, Shape
 from kbpf.runtime.maps.snapshot import Snapshot
 from kbpf.uapi.constants import BPF_ANY, BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG, BPF_NOEXIST
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Map", "Shape"]
 
-#: Bytes of keys and values in a batch: a whole map of 100,000 counters, without holding a huge one twice.
-_BATCH_BYTES = 4 << 20
-#: What the kernel says where it has no such command for a type, or none at all.
-_NO_COMMAND = (errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP)
-#: Keys that a walk sees at most where the map says no number.
-_UNBOUNDED = 1 << 20
 _MISSING: Any = object()
 
 
@@ -141,7 +136,7 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     def raw_items(self) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values as the bytes that they are, by batches where there are; see `raw_value`."""
         key_size, value_size = self.shape.key_size, self.value_codec.size
-        for keys, values in self._chunks():
+        for keys, values in walk.chunks(self):
             for index in range(len(keys) // key_size):
                 yield (
                     keys[index * key_size : (index + 1) * key_size],
@@ -228,7 +223,7 @@ class Map(BpfMap, MutableMapping[Any, Any]):
                 try:
                     return self._backend.map_lookup_and_delete(fd, key, size)
                 except OSError as error:
-                    if error.errno not in _NO_COMMAND:
+                    if error.errno not in walk.NO_COMMAND:
                         raise
                 value = self._backend.map_lookup(fd, key, size)
                 self._backend.map_delete(fd, key)
@@ -241,12 +236,12 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     # All elements.
 
     def __iter__(self) -> Iterator[Any]:
-        for keys, _ in self._chunks(keys_only=True):
+        for keys, _ in walk.chunks(self, keys_only=True):
             yield from self.key_codec.decode_many(keys)
 
     def __len__(self) -> int:
         """Elements now in it, counted by reading."""
-        return sum(len(keys) // self.shape.key_size for keys, _ in self._chunks(keys_only=True))
+        return sum(len(keys) // self.shape.key_size for keys, _ in walk.chunks(self, keys_only=True))
 
     def items(self) -> ItemsView[Any, Any]:
         return _Items(self)
@@ -257,10 +252,10 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     def snapshot(self) -> Snapshot:
         """Everything in it as a ``dict``, which also says what it is worth: see `Snapshot`."""
         result = Snapshot(self._is_constant())
-        chunks = self._chunks()
+        pieces = walk.chunks(self)
         while True:
             try:
-                keys, values = next(chunks)
+                keys, values = next(pieces)
             except StopIteration as end:
                 result.complete = end.value
                 return result
@@ -296,14 +291,14 @@ class Map(BpfMap, MutableMapping[Any, Any]):
 
     def _in_batches(self, keys: list[bytes], values: list[bytes]) -> int:
         """How many of the elements were stored: all, or those before there turned out to be no such command."""
-        each = max(_BATCH_BYTES // (self.shape.key_size + self.value_codec.size), 1)
+        each = max(walk.BATCH_BYTES // (self.shape.key_size + self.value_codec.size), 1)
         for at in range(0, len(keys), each):
             some = keys[at : at + each]
             try:
                 with self._descriptor as fd:
                     self._backend.map_update_batch(fd, b"".join(some), b"".join(values[at : at + each]), len(some))
             except OSError as error:
-                if error.errno in _NO_COMMAND:
+                if error.errno in walk.NO_COMMAND:
                     return at + int(getattr(error, "done", 0))
                 raise self._failure(error, "store in", "map_update_batch") from None
         return len(keys)
@@ -314,7 +309,7 @@ class Map(BpfMap, MutableMapping[Any, Any]):
 
     def _delete(self, encoded: list[bytes]) -> int:
         at = deleted = 0
-        most = each = max(_BATCH_BYTES // self.shape.key_size, 1)
+        most = each = max(walk.BATCH_BYTES // self.shape.key_size, 1)
         while at < len(encoded):
             some = encoded[at : at + each]
             try:
@@ -327,7 +322,7 @@ class Map(BpfMap, MutableMapping[Any, Any]):
                     at += 1  # That one is not there.
                     # Others may be missing too, and those behind each would be copied once more.
                     each = max(2 * done, 1)
-                elif error.errno in _NO_COMMAND:
+                elif error.errno in walk.NO_COMMAND:
                     break
                 else:
                     raise self._failure(error, "delete from", "map_delete_batch") from None
@@ -355,10 +350,10 @@ class Map(BpfMap, MutableMapping[Any, Any]):
         taken: dict[Any, Any] = {}
         size, decode, decode_value = self.shape.key_size, self.key_codec.decode, self.value_codec.decode
         try:
-            for keys, values in self._chunks(delete=True):
+            for keys, values in walk.chunks(self, delete=True):
                 taken.update(zip(self.key_codec.decode_many(keys), self.value_codec.decode_many(values), strict=True))
-        except _NoSuchBatch:
-            for keys, _ in list(self._chunks(keys_only=True)):
+        except walk.NoSuchBatch:
+            for keys, _ in list(walk.chunks(self, keys_only=True)):
                 for key in (keys[at : at + size] for at in range(0, len(keys), size)):
                     with suppress(KeyError):
                         taken[decode(key)] = decode_value(self._take(key))
@@ -427,73 +422,11 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     def clear(self) -> None:
         """Delete the elements that are in it now. Raises `BpfError` (EINVAL) where they cannot be deleted."""
         size = self.shape.key_size
-        for keys, _ in list(self._chunks(keys_only=True)):
+        for keys, _ in list(walk.chunks(self, keys_only=True)):
             self._delete([keys[at : at + size] for at in range(0, len(keys), size)])
 
     def _key(self, key: Any) -> bytes:
         return self.key_codec.encode(key)
-
-    # Reading it whole.
-
-    def _chunks(self, keys_only: bool = False, delete: bool = False) -> Generator[tuple[bytes, bytes], None, bool]:
-        """Keys and values back to back, chunk by chunk: by batch, or key by key where the type has none.
-
-        Gives in the end whether all that was there the whole time has been seen. With `delete` they are taken out, by
-        batch alone: `_NoSuchBatch` where there is none.
-        """
-        key_size, value_size = self.shape.key_size, self.value_codec.size
-        entries = max(self.shape.max_entries, 1)
-        size = min(max(_BATCH_BYTES // (key_size + value_size), 1), entries)
-        token: bytes | None = None
-        started = False
-        while True:
-            try:
-                with self._descriptor as fd:
-                    batch = self._backend.map_lookup_batch(fd, token, size, key_size, value_size, delete)
-            except OSError as error:
-                # A bucket that does not fit is left whole.
-                if error.errno == errno.ENOSPC and size <= entries:
-                    size *= 2
-                    continue
-                if not started and error.errno in _NO_COMMAND:
-                    if delete:
-                        raise _NoSuchBatch from None
-                    return (yield from self._one_by_one(keys_only))
-                attempt = ("take from", "map_lookup_and_delete_batch") if delete else ("read", "map_lookup_batch")
-                raise self._failure(error, *attempt) from None
-            started = True
-            if batch.length:
-                yield batch.keys, batch.values
-            if batch.token is None:
-                return True
-            token = batch.token
-
-    def _one_by_one(self, keys_only: bool) -> Generator[tuple[bytes, bytes], None, bool]:
-        key: bytes | None = None
-        # A deleted key sends the walk back to the start; without a bound, churn could keep it going forever.
-        for _ in range(2 * (self.shape.max_entries or _UNBOUNDED) + 1):
-            try:
-                with self._descriptor as fd:
-                    key = self._backend.map_next_key(fd, key, self.shape.key_size)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    return True
-                raise self._failure(error, "read", "map_get_next_key") from None
-            value = b""
-            if not keys_only or self.has_gaps:
-                try:
-                    with self._descriptor as fd:
-                        value = self._backend.map_lookup(fd, key, self.value_codec.size)
-                except OSError as error:
-                    if error.errno == errno.ENOENT:
-                        continue
-                    raise self._failure(error, "read", "map_lookup_elem") from None
-            yield key, value
-        return False
-
-
-class _NoSuchBatch(Exception):
-    """The type, or the kernel, takes nothing out by batch."""
 
 
 class _Items(ItemsView[Any, Any]):
@@ -503,7 +436,9 @@ class _Items(ItemsView[Any, Any]):
         map = self._mapping
         many = map.key_codec.decode_many, map.value_codec.decode_many
         # The zips are walked in C, which is a third of the time.
-        return chain.from_iterable(zip(many[0](keys), many[1](values), strict=True) for keys, values in map._chunks())
+        return chain.from_iterable(
+            zip(many[0](keys), many[1](values), strict=True) for keys, values in walk.chunks(map)
+        )
 
 
 class _Values(ValuesView[Any]):
@@ -511,7 +446,7 @@ class _Values(ValuesView[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         map = self._mapping
-        return chain.from_iterable(map.value_codec.decode_many(values) for _, values in map._chunks())
+        return chain.from_iterable(map.value_codec.decode_many(values) for _, values in walk.chunks(map))
 
 
 def _encoding(encode: Callable[[Any], bytes], read: Callable[[bytes], Any]) -> Callable[[Any], Any]:

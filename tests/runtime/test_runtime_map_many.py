@@ -87,7 +87,7 @@ def test_what_stays_is_not_drained(backend):
 
 @pytest.mark.parametrize("counts", [1, 4])
 def test_what_threads_drain_comes_once(backend, counts, monkeypatch):
-    monkeypatch.setattr("kbpf.runtime.map._BATCH_BYTES", 64)
+    monkeypatch.setattr("kbpf.runtime.maps.walk.BATCH_BYTES", 64)
     with of(backend, max_entries=2000) as map:
         map.update_many({number: number for number in range(2000)})
         parts = []
@@ -151,7 +151,7 @@ def test_setdefault_stores_what_is_not_there(backend):
 
 
 def test_a_bucket_larger_than_a_batch_is_read(backend, monkeypatch):
-    monkeypatch.setattr("kbpf.runtime.map._BATCH_BYTES", 1)
+    monkeypatch.setattr("kbpf.runtime.maps.walk.BATCH_BYTES", 1)
     sizes = []
     whole = type(get_backend(backend)).map_lookup_batch
 
