@@ -340,23 +340,23 @@ class Map(BpfMap, MutableMapping[Any, Any]):
                 deleted += 1
         return deleted
 
-    def drain(self) -> dict[Any, Any]:
+    def drain(self) -> list[tuple[Any, Any]]:
         """Take all elements out and give them, as for counters that are read and begin anew.
 
         In batches (BPF_MAP_LOOKUP_AND_DELETE_BATCH, Linux 5.6: hashes), or key by key as `pop` does. What is added
-        meanwhile may be in it or stay; what a program adds to a value that it has looked up already may be lost with
-        it. Raises `BpfError` (EINVAL) where elements cannot be deleted.
+        meanwhile may be in it or stay, so that a key that was taken and came again is in it twice; what a program adds
+        to a value that it has looked up already may be lost with it. Raises `BpfError` (EINVAL) where elements cannot be deleted.
         """
-        taken: dict[Any, Any] = {}
+        taken: list[tuple[Any, Any]] = []
         size, decode, decode_value = self.shape.key_size, self.key_codec.decode, self.value_codec.decode
         try:
             for keys, values in walk.chunks(self, delete=True):
-                taken.update(zip(self.key_codec.decode_many(keys), self.value_codec.decode_many(values), strict=True))
+                taken += zip(self.key_codec.decode_many(keys), self.value_codec.decode_many(values), strict=True)
         except walk.NoSuchBatch:
             for keys, _ in list(walk.chunks(self, keys_only=True)):
                 for key in (keys[at : at + size] for at in range(0, len(keys), size)):
                     with suppress(KeyError):
-                        taken[decode(key)] = decode_value(self._take(key))
+                        taken.append((decode(key), decode_value(self._take(key))))
         return taken
 
     def increment(self, key: Any, by: int = 1) -> None:
