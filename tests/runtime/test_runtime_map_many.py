@@ -114,7 +114,7 @@ def test_what_is_stored_again_while_the_map_is_drained_is_not_lost(backend, monk
     monkeypatch.setattr("kbpf.runtime.maps.walk.BATCH_BYTES", 12 * 50)
     monkeypatch.setattr(seam, "map_lookup_batch", meanwhile)
     with of(backend, max_entries=2000) as map:
-        map.update_many({number: 1 for number in range(500)})
+        map.update_many(dict.fromkeys(range(500), 1))
         taken = map.drain()
         assert sum(value for _, value in taken) + len(map) == 500 + sum(again)
         assert {key for key, _ in taken} == set(range(500))
