@@ -345,7 +345,8 @@ class Map(BpfMap, MutableMapping[Any, Any]):
 
         In batches (BPF_MAP_LOOKUP_AND_DELETE_BATCH, Linux 5.6: hashes), or key by key as `pop` does. What is added
         meanwhile may be in it or stay, so that a key that was taken and came again is in it twice; what a program adds
-        to a value that it has looked up already may be lost with it. Raises `BpfError` (EINVAL) where elements cannot be deleted.
+        to a value that it has looked up already may be lost with it. Raises `BpfError` (EINVAL) where elements cannot
+        be deleted.
         """
         taken: list[tuple[Any, Any]] = []
         size, decode, decode_value = self.shape.key_size, self.key_codec.decode, self.value_codec.decode
