@@ -18,19 +18,17 @@ from kbpf.testing.unprivileged import Unprivileged
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    known = ", ".join(requirements.PROBES)
+    known = ", ".join((*requirements.PROBES, "linux-X.Y"))
     config.addinivalue_line("markers", f"requires(*names): what of the machine the test needs: {known}")
     config.pluginmanager.register(LeakCheck(), "kbpf-leak-check")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    known = requirements.PROBES.keys()
-    unknown: set[str]
-    if unknown := set(requirements.required() - known):
+    if unknown := {name for name in requirements.required() if not requirements.is_known(name)}:
         raise pytest.UsageError(f"KBPF_REQUIRE names what nobody probes for: {', '.join(sorted(unknown))}")
     for item in items:
         for mark in item.iter_markers("requires"):
-            if unknown := set(mark.args) - known:
+            if unknown := {name for name in mark.args if not requirements.is_known(name)}:
                 raise pytest.UsageError(f"{item.nodeid} requires what nobody probes for: {', '.join(sorted(unknown))}")
 
 

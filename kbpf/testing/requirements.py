@@ -2,6 +2,8 @@
 
 A skip is a claim: it names what is missing. ``KBPF_REQUIRE=kernel,clang`` makes what it lists a must, and a
 test that misses one of them fails instead of being skipped. Probes run once, when the first test asks.
+
+``linux-6.6`` is what Linux has since that version: such a test passes on every kernel of that number or a higher one.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,12 +84,22 @@ PROBES: dict[str, tuple[str, Callable[[], bool]]] = {
 }
 
 
+def is_known(name: str) -> bool:
+    """Whether `name` has a probe, or is a version of Linux: ``linux-6.6``."""
+    return name in PROBES or re.fullmatch(r"linux-\d+\.\d+", name) is not None
+
+
 @functools.cache
 def available(name: str) -> bool:
     """Whether this machine and process have what `name` stands for; ValueError for an unknown name."""
-    if name not in PROBES:
-        raise ValueError(f"unknown requirement {name!r}; known: {', '.join(sorted(PROBES))}")
-    return PROBES[name][1]()
+    if not is_known(name):
+        raise ValueError(f"unknown requirement {name!r}; known: {', '.join(sorted(PROBES))}, linux-X.Y")
+    return PROBES[name][1]() if name in PROBES else _version(os.uname().release) >= _version(name)
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def required() -> frozenset[str]:
@@ -101,4 +114,5 @@ def missing(names: Iterable[str]) -> list[str]:
 
 def describe(names: Iterable[str]) -> str:
     """What is missing, in words: ``needs clang: clang with the bpf target ...``."""
-    return "; ".join(f"needs {name}: {PROBES[name][0]}" for name in names)
+    here = f"this is {os.uname().release}"
+    return "; ".join(f"needs {name}: {PROBES[name][0] if name in PROBES else here}" for name in names)

@@ -37,10 +37,24 @@ def test_a_required_skip_is_a_failure(tmp_path: Path) -> None:
     assert "required by KBPF_REQUIRE, but missing: needs tcpdump" in done.stdout
 
 
-def test_an_unknown_requirement_is_refused(tmp_path: Path) -> None:
-    done = pytest_on(tmp_path, "import pytest\n@pytest.mark.requires('quantum')\ndef test_it(): pass\n")
+def test_a_version_of_linux_is_a_requirement(tmp_path: Path) -> None:
+    major, minor = map(int, os.uname().release.split("-")[0].split(".")[:2])
+    here, later = f"linux-{major}.{minor}", f"linux-{major}.{minor + 1}"
+    code = "import pytest\n" + "".join(
+        f"@pytest.mark.requires('{name}')\ndef test_{index}(): pass\n"
+        for index, name in enumerate(("linux-3.19", here, later, f"linux-{major + 1}.0"))
+    )
+    done = pytest_on(tmp_path, code)
+    assert "2 passed, 2 skipped" in done.stdout
+    assert f"needs {later}: this is {os.uname().release}" in done.stdout
+    assert pytest_on(tmp_path, code, KBPF_REQUIRE=f"{here},{later}").returncode == 1
+
+
+@pytest.mark.parametrize("name", ["quantum", "linux", "linux-6", "6.6", "linux-6.6.1"])
+def test_an_unknown_requirement_is_refused(tmp_path: Path, name: str) -> None:
+    done = pytest_on(tmp_path, f"import pytest\n@pytest.mark.requires('{name}')\ndef test_it(): pass\n")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "quantum" in done.stderr
+    assert name in done.stderr
 
 
 def test_an_unknown_name_in_kbpf_require_is_refused(tmp_path: Path) -> None:
