@@ -83,6 +83,10 @@ class LoadRefused(OSError):
         self.hints = hints
 
 
+class LacksFeature(OSError):
+    """A refusal because the kernel is older than what was asked of it; `strerror` says what, and which Linux has it."""
+
+
 class EventWaiter(Protocol):
     """Sleeps until a program has written to, or read from, one of several buffers.
 

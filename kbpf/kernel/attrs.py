@@ -6,8 +6,11 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from kbpf.backend import LacksFeature
 from kbpf.kernel import syscall
 from kbpf.uapi.enums import COMMANDS
 from kbpf.uapi.structs import ATTRS, STRUCTS, Struct
@@ -20,6 +23,8 @@ _FILES = {
     "bpf_link_info": ("bpf_link", "bpf-link"),
     "bpf_btf_info": ("btf",),
 }
+# How a kernel refuses what it does not know.
+_UNKNOWN = (errno.EINVAL, errno.E2BIG)
 
 
 def pack(layout: Struct, values: dict[str, int | bytes]) -> bytearray:
@@ -61,6 +66,29 @@ class Attr:
 def command(name: str, /, **values: int | bytes) -> int:
     """Issue a command of bpf(2) whose attributes nobody reads afterwards."""
     return Attr(name, **values).issue()
+
+
+@contextmanager
+def newer(what: str, since: str, name: str, /, **values: int | bytes) -> Iterator[None]:
+    """Have a refusal of what is newer than the kernel say so: `what` it is (in the plural), and since which Linux.
+
+    Kernels say EINVAL or E2BIG of a command, flags or attributes that they do not know, and of much else. Which it is,
+    the command `name` tells where it is given `values` with a descriptor that cannot be: EBADF if they are known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNKNOWN or _reaches_descriptors(name, **values):
+            raise
+        raise LacksFeature(error.errno, f"there are no {what} here; Linux has them since {since}") from None
+
+
+def _reaches_descriptors(name: str, /, **values: int | bytes) -> bool:
+    try:
+        command(name, **values)
+    except OSError as error:
+        return error.errno not in _UNKNOWN
+    return True
 
 
 class Info:

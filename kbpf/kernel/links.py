@@ -14,7 +14,7 @@ from typing import Any
 from kbpf.backend import Attached
 from kbpf.info import LinkInfo
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, Info, command
+from kbpf.kernel.attrs import Attr, Info, command, newer
 from kbpf.specs import NETFILTER_FAMILIES, NETFILTER_HOOKS, Netfilter
 from kbpf.uapi.constants import BPF_F_NETFILTER_IP_DEFRAG, BPF_F_REPLACE
 from kbpf.uapi.enums import ATTACH_TYPES, LINK_TYPES
@@ -65,14 +65,15 @@ class LinkCommands:
     def link_create(
         self, program: int, target: int, attach_type: str, flags: int = 0, relative: int = 0, revision: int = 0
     ) -> int:
-        return command(
-            "link_create",
-            prog_fd=program,
-            target_ifindex=target,
-            attach_type=ATTACH_TYPES[attach_type],
-            flags=flags,
-            **{"tcx.relative_fd": relative, "tcx.expected_revision": revision},
-        )
+        number = ATTACH_TYPES[attach_type]
+        values = {"prog_fd": program, "target_ifindex": target, "attach_type": number, "flags": flags}
+        values |= {"tcx.relative_fd": relative, "tcx.expected_revision": revision}
+        if not flags or not attach_type.startswith("cgroup_"):
+            return command("link_create", **values)
+        # Which flags there are, this command looks at before it looks at programs.
+        known = {"target_fd": -1, "attach_bpf_fd": -1, "attach_type": number, "attach_flags": flags}
+        with newer("places before and after others in control groups", "6.17", "prog_attach", **known):
+            return command("link_create", **values)
 
     def netfilter_link(self, program: int, hook: Netfilter) -> int:
         return command(

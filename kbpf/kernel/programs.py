@@ -12,7 +12,7 @@ from kbpf.info import ProgramInfo
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import kallsyms, syscall
-from kbpf.kernel.attrs import Attr, Info, command, fdinfo
+from kbpf.kernel.attrs import Attr, Info, command, fdinfo, newer
 from kbpf.kernel.btf import kernel_type, loaded_btf
 from kbpf.kernel.denied import withheld
 from kbpf.kernel.tokens import command_with_token
@@ -116,9 +116,10 @@ class ProgramCommands:
 
     def program_stream(self, fd: int, stream: int, size: int) -> bytes:
         memory = syscall.Buffer(size)
-        read = command(
-            "prog_stream_read_by_fd", stream_buf=memory.address, stream_buf_len=size, stream_id=stream, prog_fd=fd
-        )
+        with newer("streams of programs", "6.17", "prog_stream_read_by_fd", prog_fd=-1):
+            read = command(
+                "prog_stream_read_by_fd", stream_buf=memory.address, stream_buf_len=size, stream_id=stream, prog_fd=fd
+            )
         return memory.read(read)
 
     def statistics_enable(self) -> int:

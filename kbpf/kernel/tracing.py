@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kbpf.info import TaskEvent
 from kbpf.kernel import syscall
-from kbpf.kernel.attrs import Attr, command
+from kbpf.kernel.attrs import Attr, command, newer
 from kbpf.specs import EventSource, PerfEvent, RawTracepoint, Tracepoint, Uprobe
 from kbpf.uapi.constants import PERF_TYPE_TRACEPOINT
 from kbpf.uapi.enums import ATTACH_TYPES
@@ -34,7 +34,8 @@ class TracingCommands:
     def event_attach(self, program: int, source: EventSource, cookie: int = 0) -> int:
         if isinstance(source, RawTracepoint):
             name = syscall.Buffer(source.name.encode() + b"\0")
-            return command("raw_tracepoint_open", name=name.address, prog_fd=program, cookie=cookie)
+            with newer("cookies of raw tracepoints", "6.10", "raw_tracepoint_open", prog_fd=-1, cookie=cookie):
+                return command("raw_tracepoint_open", name=name.address, prog_fd=program, cookie=cookie)
         event = _open(source)
         try:
             # The link holds the event.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kbpf.backend import Backend, FeatureKind, LoadRefused
+from kbpf.backend import Backend, FeatureKind, LacksFeature, LoadRefused
 from kbpf.errors import (
     ENOTSUPP,
     BpfError,
@@ -86,6 +86,8 @@ def translate(
         )
         kind = NotSupportedError if number == errno.ENOSYS else PermissionDeniedError
         return kind(number, what, (*reasons, *hints))
+    if isinstance(error, LacksFeature):
+        return NotSupportedError(number, what, (error.strerror or "", *hints))
     if number in _UNKNOWN and not log:
         missing = _missing(backend, operation, program_type, map_type, attach_type)
         if missing:
