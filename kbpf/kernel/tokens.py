@@ -11,7 +11,7 @@ import errno
 import os
 from pathlib import Path
 
-from kbpf.kernel.attrs import command, fdinfo
+from kbpf.kernel.attrs import command, fdinfo, newer
 from kbpf.uapi.constants import BPF_F_TOKEN_FD
 from kbpf.uapi.enums import PROG_TYPES
 
@@ -36,7 +36,8 @@ def token_create(path: str) -> int:
     """
     place = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return command("token_create", bpffs_fd=place)
+        with newer("tokens", "6.9", "token_create", bpffs_fd=-1):
+            return command("token_create", bpffs_fd=place)
     finally:
         os.close(place)
 

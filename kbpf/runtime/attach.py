@@ -1,7 +1,8 @@
 """Attach a filter to a socket: SO_ATTACH_FILTER for classic ones, SO_ATTACH_BPF for programs.
 
-Linux 2.2 (classic) and 3.19 (eBPF). No capability, but for classic filters on TCP (CAP_NET_ADMIN). A
-socket has one slot: attaching replaces what is there, and so does anybody else who holds the socket.
+Linux 2.2 (classic) and 3.19 (eBPF). No capability, but for classic filters on TCP (CAP_NET_ADMIN; older kernels, such
+as Debian's 6.1, take none there either). A socket has one slot: attaching replaces what is there, and so does anybody
+else who holds the socket.
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ def test_a_program_keeps_the_map_that_is_bound_to_it(kernel: KernelBackend, keep
         kernel.program_bind_map(program, program)
 
 
+@pytest.mark.requires("linux-6.18")
 def test_what_a_program_writes_is_read_from_its_stream(kernel: KernelBackend, keep: Keep) -> None:
     text = b"seven is %d\n"
     format = keep(kernel.map_create(replace(ARRAY, value_size=16, flags=BPF_F_RDONLY_PROG)))

@@ -13,6 +13,7 @@ import pytest
 from kbpf.emulator.helpers.allowed import ALLOWED
 from kbpf.kernel import features
 from kbpf.kernel.features import ask
+from kbpf.testing.requirements import available
 from kbpf.uapi.enums import ATTACH_TYPES, HELPERS, LINK_TYPES, MAP_TYPES, PROG_TYPES
 
 Runner = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,7 +71,7 @@ class TestBpftool:
         # It leaves out those that write to the kernel's log, and takes any complaint that is not of the words it knows
         # for a yes. What it does not have at all, the kernel does not have.
         ours = {name for name in HELPERS if name != "unspec" and ask("helper", name, program_type)}
-        assert len(ours) > 70
+        assert len(ours) > 40
         known = theirs | {name for name, number in HELPERS.items() if number > max(HELPERS.get(t, 0) for t in theirs)}
         assert ours - {"trace_printk", "trace_vprintk", "probe_write_user"} <= known
 
@@ -81,9 +82,11 @@ class TestKernel:
         "program_type", ["socket_filter", "xdp", "sched_cls", "cgroup_skb", "tracepoint", "syscall"]
     )
     def test_helpers_are_those_that_were_measured(self, program_type: str) -> None:
-        names = {number: name for name, number in HELPERS.items()}
-        for number in range(1, max(names) + 1):
-            assert bool(ask("helper", names[number], program_type)) is (number in ALLOWED[program_type]), names[number]
+        names = {number: name for name, number in HELPERS.items() if name != "unspec"}
+        found = {number for number in names if ask("helper", names[number], program_type)}
+        # Older kernels have fewer.
+        assert found <= ALLOWED[program_type] and len(found) > 40
+        assert found == ALLOWED[program_type] or not available("linux-6.18")
 
     @pytest.mark.parametrize("name", ["tracing", "lsm", "ext", "struct_ops"])
     def test_helpers_that_depend_on_the_target_are_not_guessed(self, name: str) -> None:
@@ -102,17 +105,12 @@ class TestKernel:
             since = [version(table[name].since) for name in numbers if name != "unspec"]  # type: ignore[attr-defined]
             assert since == sorted(since)
 
-    def test_places_that_are_asked_for_by_name(self) -> None:
-        for name in (
-            "cgroup_inet_ingress",
-            "tcx_ingress",
-            "xdp",
-            "xdp_devmap",
-            "sk_lookup",
-            "sk_skb_verdict",
-            "netfilter",
-        ):
-            assert ask("attach_type", name), name
+    @pytest.mark.parametrize(
+        "name", ["cgroup_inet_ingress", "tcx_ingress", "xdp", "xdp_devmap", "sk_lookup", "sk_skb_verdict", "netfilter"]
+    )
+    def test_places_that_are_asked_for_by_name(self, name: str) -> None:
+        found = ask("attach_type", name)
+        assert found.answer == ("yes" if available(f"linux-{found.since}") else "no")
 
     def test_an_iterator_is_made_and_let_go(self) -> None:
         before = Path("/proc/self/fd")

@@ -18,6 +18,7 @@ from kbpf.info import MapInfo
 from kbpf.kernel.backend import KernelBackend
 from kbpf.kernel.maps import possible_cpus
 from kbpf.specs import MapSpec
+from kbpf.testing.requirements import available
 from kbpf.uapi.constants import BPF_ANY, BPF_EXIST, BPF_F_NO_PREALLOC, BPF_F_NUMA_NODE, BPF_NOEXIST
 
 pytestmark = pytest.mark.requires("kernel")
@@ -57,7 +58,8 @@ def refused(number: int) -> pytest.RaisesExc[OSError]:
 )
 def test_info_says_what_the_spec_asked_for(kernel: KernelBackend, keep: Keep, spec: MapSpec) -> None:
     info = kernel.map_info(keep(kernel.map_create(spec)))
-    assert info.memlock or spec.type == "lpm_trie"  # Which has no memory as long as it is empty.
+    # A trie has no memory as long as it is empty, and a ring's was not counted before Linux 6.4.
+    assert info.memlock or spec.type == "lpm_trie" or (spec.type == "ringbuf" and not available("linux-6.4"))
     assert replace(info, memlock=None) == MapInfo(
         spec.type, info.id, spec.key_size, spec.value_size, spec.max_entries, spec.flags, spec.name, spec.map_extra
     )
@@ -171,9 +173,12 @@ def test_a_map_of_maps_takes_descriptors_and_gives_ids(kernel: KernelBackend, ke
 def test_a_frozen_map_refuses_writers_and_a_second_freeze(kernel: KernelBackend, keep: Keep) -> None:
     fd = keep(kernel.map_create(ARRAY))
     kernel.map_freeze(fd)
-    for write in (lambda: kernel.map_update(fd, u32(0), u64(1)), lambda: kernel.map_freeze(fd)):
-        with refused(errno.EPERM):
-            write()
+    with refused(errno.EPERM):
+        kernel.map_update(fd, u32(0), u64(1))
+    with pytest.raises(OSError) as again:
+        kernel.map_freeze(fd)
+    # Older kernels look first whether it is frozen.
+    assert again.value.errno in (errno.EPERM, errno.EBUSY)
     assert kernel.map_lookup(fd, u32(0), 8) == u64(0)
 
 

@@ -110,6 +110,7 @@ def in_a_container(**delegated: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64", "riscv64"), reason="numbers of system calls")
+@pytest.mark.requires("linux-6.9")
 def test_what_is_delegated_is_used_without_being_asked_for() -> None:
     assert in_a_container(cmds="any", maps="any", progs="any", attachs="any") == {
         "maps": True,
@@ -123,6 +124,7 @@ def test_what_is_delegated_is_used_without_being_asked_for() -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64", "riscv64"), reason="numbers of system calls")
+@pytest.mark.requires("linux-6.9")
 def test_what_is_not_delegated_is_refused() -> None:
     some = in_a_container(
         cmds="map_create:prog_load", maps="hash:array", progs="socket_filter", attachs="cgroup_inet_ingress"
@@ -131,6 +133,7 @@ def test_what_is_not_delegated_is_refused() -> None:
     assert (some["socket_filter"], some["xdp"]) == (["kernel", "socket_filter"], ["emulator", "xdp"])
 
 
+@pytest.mark.requires("linux-6.9")
 def test_the_first_user_namespace_has_no_tokens() -> None:
     with pytest.raises(OSError) as refused:
         tokens.token_create("/sys/fs/bpf")
