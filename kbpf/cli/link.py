@@ -163,6 +163,8 @@ def _uprobe_multi(details: Mapping[str, Any]) -> Shown:
 
 
 def _perf_event(details: Mapping[str, Any]) -> Shown:
+    if not details:
+        return {}, ""  # Linux before 6.6 tells nothing.
     event, cookie = details["event"], {"cookie": details.get("cookie", 0)}
     returning = event in ("kretprobe", "uretprobe")
     if event == "event":

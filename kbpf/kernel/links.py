@@ -192,6 +192,8 @@ def _details(type: str, info: Info) -> dict[str, Any]:
 
 def _event_details(info: Info) -> dict[str, Any]:
     number = info["perf_event.type"]
+    if not number:
+        return {}  # Linux before 6.6 tells nothing of events.
     type, members = _EVENTS.get(number, (str(number), ()))
     found: dict[str, Any] = {"event": type}
     for name in members:

@@ -3,8 +3,8 @@
 Classic filters since Linux 2.2 (read back since 3.8, locked since 3.9), eBPF since 3.19. No capability is needed, but
 CAP_NET_ADMIN for a classic filter on TCP (measured on 6.18; Debian's 6.1 wants none) and CAP_NET_RAW for packet and raw
 sockets. The traps: ``sock_fprog.len`` has 16 bits, SO_GET_FILTER counts instructions where every other option counts
-bytes, and a filter on a UNIX stream socket is accepted and never runs. What lies in a packet ring (PACKET_RX_RING) no drain can reach: attach before
-the ring is bound.
+bytes, and a filter on a UNIX stream socket is accepted and never runs. What lies in a packet ring (PACKET_RX_RING) no
+drain can reach: attach before the ring is bound.
 """
 
 from __future__ import annotations

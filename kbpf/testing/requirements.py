@@ -3,7 +3,8 @@
 A skip is a claim: it names what is missing. ``KBPF_REQUIRE=kernel,clang`` makes what it lists a must, and a
 test that misses one of them fails instead of being skipped. Probes run once, when the first test asks.
 
-``linux-6.6`` is what Linux has since that version: such a test passes on every kernel of that number or a higher one.
+``linux-6.6`` is what Linux has since that version: such a test passes on every kernel of that number or a higher one,
+and with ``backend`` on the emulator.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.kernel import syscall
 from kbpf.kernel.attrs import command
+from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec, ProgramSpec
 from kbpf.testing.network import NetworkNamespace
 from kbpf.uapi.enums import ATTACH_TYPES
@@ -61,6 +63,7 @@ def group() -> Iterator[str]:
     path.rmdir()
 
 
+@pytest.mark.requires("linux-6.17")
 def test_raw_tracepoints(cli, shown) -> None:
     with program("raw_tracepoint") as loaded, loaded.attach(kbpf.RawTracepoint("sched_switch"), cookie=7) as link:
         told, text, theirs = shown(link.fileno(), loaded)
@@ -80,7 +83,12 @@ def test_control_groups(shown, group: str) -> None:
 
 @pytest.mark.parametrize(
     ("type", "attach_type", "told"),
-    [("xdp", None, {}), ("sched_cls", "tcx_ingress", {"attach_type": "tcx_ingress"})],
+    [
+        ("xdp", None, {}),
+        pytest.param(
+            *("sched_cls", "tcx_ingress", {"attach_type": "tcx_ingress"}), marks=pytest.mark.requires("linux-6.6")
+        ),
+    ],
 )
 def test_interfaces(shown, type: str, attach_type: str | None, told: dict[str, str]) -> None:
     with NetworkNamespace() as namespace, program(type, attach_type) as loaded:
@@ -116,6 +124,7 @@ def test_network_namespaces(shown, type: str) -> None:
         assert text == [f"netns_ino {told['netns_ino']}  attach_type {type}"]
 
 
+@pytest.mark.requires("linux-6.4")
 def test_netfilter(shown) -> None:
     hook = kbpf.Netfilter(family="ipv4", hook="local_in", priority=-128)
     with NetworkNamespace() as namespace, program("netfilter", "netfilter") as loaded:
@@ -130,6 +139,7 @@ def test_netfilter(shown) -> None:
 
 
 @pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.requires("linux-6.9")
 def test_uprobes(shown, returns: bool) -> None:
     with (
         program("kprobe") as loaded,
@@ -141,6 +151,7 @@ def test_uprobes(shown, returns: bool) -> None:
         assert text == [f"{'uretprobe' if returns else 'uprobe'} /bin/bash+0x31030  cookie 9"]
 
 
+@pytest.mark.requires("linux-6.6")
 def test_events_that_are_counted(shown) -> None:
     source = kbpf.PerfEvent(type=1, config=2, period=1 << 30, cpu=0)
     with program("perf_event") as loaded, loaded.attach(source) as link:
@@ -149,6 +160,18 @@ def test_events_that_are_counted(shown) -> None:
         assert text == ["event software:page-faults"]
 
 
+def test_an_event_that_the_kernel_tells_nothing_of(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = KernelBackend.link_info
+    monkeypatch.setattr(KernelBackend, "link_info", lambda self, link: replace(told(self, link), details={}))
+    source = kbpf.PerfEvent(type=1, config=2, period=1 << 30, cpu=0)
+    with program("perf_event") as loaded, loaded.attach(source) as link:
+        with kbpf.Link.open(fd=link.fileno(), backend="kernel") as opened:
+            id = str(opened.id)
+        assert json.loads(cli("link", "show", "id", id, "--json").out).keys() == {"id", "type", "prog_id"}
+        assert cli("link", "show", "id", id).out.splitlines()[0] == f"{id}: perf_event  prog {loaded.id}"
+
+
+@pytest.mark.requires("linux-6.8")
 def test_several_uprobes(shown) -> None:
     path = syscall.Buffer(b"/bin/bash\0")
     offsets, cookies = (syscall.Buffer(struct.pack("=2Q", *numbers)) for numbers in ((0x31030, 0x31040), (5, 6)))
@@ -202,6 +225,7 @@ def test_iterators_over_control_groups(shown, group: str) -> None:
         assert text == [f"target_name cgroup  cgroup_id {told['cgroup_id']}  order descendants_pre"]
 
 
+@pytest.mark.requires("linux-6.10")
 def test_socket_maps(shown) -> None:
     sockets = MapSpec(type="sockmap", key_size=4, value_size=4, max_entries=2)
     with kbpf.Map.create(sockets, "kernel") as map, program("sk_msg") as loaded, loaded.attach(map) as link:

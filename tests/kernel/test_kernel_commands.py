@@ -277,6 +277,25 @@ def test_a_process_tells_which_event_its_descriptor_is_of(kernel: KernelBackend,
         kernel.event_query(2**30, fd)
 
 
+def test_a_kernel_that_tells_nothing_of_an_event_is_not_quoted(
+    kernel: KernelBackend, keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = keep(kernel.program_load(spec("perf_event"), ()))
+    faults = PerfEvent(type=PERF_TYPE_SOFTWARE, config=2, period=1 << 30, cpu=0)
+    link = keep(kernel.event_attach(program, faults))
+    of = attrs.STRUCTS["bpf_link_info"].fields["perf_event.type"].offset
+    read = Info.__init__
+
+    def older(self: Info, kind: str, fd: int, **asked: int) -> None:
+        read(self, kind, fd, **asked)
+        self._data = self._data[:of].ljust(len(self._data), b"\0")
+
+    monkeypatch.setattr(Info, "__init__", older)
+    info = kernel.link_info(link)
+    assert (info.type, info.program_id, info.details) == ("perf_event", kernel.program_info(program).id, {})
+
+
+@pytest.mark.requires("linux-6.17")
 def test_links_to_events_say_which(kernel: KernelBackend, keep: Keep) -> None:
     raw = keep(kernel.program_load(spec("raw_tracepoint"), ()))
     info = kernel.link_info(keep(kernel.event_attach(raw, RawTracepoint("sched_switch"), cookie=7)))

@@ -65,6 +65,7 @@ def test_the_hook_is_what_the_program_was_loaded_for(backend: Any, group: str) -
         unsaid.attach(group)
 
 
+@pytest.mark.requires("linux-6.17")
 def test_before_and_after(backend: Any, group: str) -> None:
     with program(backend, "sock_ops") as loaded, loaded.attach(group) as there:
         loaded.attach(group, before=there).detach()

@@ -91,6 +91,7 @@ def test_an_interface_has_one_xdp_program(place: Place, first: Any, second: Any)
         assert found == (16 if generic[0] == generic[1] else 17)
 
 
+@pytest.mark.requires("linux-6.6")
 def test_what_cannot_be_attached(place: Place) -> None:
     seam = get_backend(place.backend)
     with place.program("xdp") as xdp, place.program("sched_cls") as cls, place.program("socket_filter") as other:
@@ -119,6 +120,7 @@ def test_what_cannot_be_attached(place: Place) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.requires("linux-6.6")
 def test_traffic_control_programs_have_an_order(place: Place) -> None:
     names = "abcde"
     programs = {name: place.program("sched_cls", name=name) for name in names}
@@ -184,6 +186,7 @@ def _ways(place: Place) -> list[Any]:
 
 
 @pytest.mark.requires("kernel", "netns")
+@pytest.mark.requires("linux-6.6")
 def test_every_way_to_say_where_gives_the_same(netns: NetworkNamespace) -> None:
     kernel, emulated = _ways(Place("kernel", netns)), _ways(Place("emulator", None))
     for left, right in zip(kernel, emulated, strict=True):

@@ -25,6 +25,7 @@ def program(type: str, attach_type: str | None = None, backend: str = "kernel") 
 
 @pytest.mark.requires("kernel")
 @pytest.mark.parametrize(("type", "place"), [("sk_skb", "sk_skb_stream_verdict"), ("sk_msg", "sk_msg_verdict")])
+@pytest.mark.requires("linux-6.10")
 def test_a_socket_map_has_a_program_as_long_as_the_link(type: str, place: str) -> None:
     with kbpf.Map.create(SOCKETS, "kernel") as map, program(type, place) as first, program(type, place) as second:
         with first.attach(map) as link:
@@ -64,6 +65,7 @@ def test_what_the_emulator_attaches_nowhere_is_said_by_name() -> None:
 
 
 @pytest.mark.requires("kernel", "netns")
+@pytest.mark.requires("linux-6.4")
 def test_a_netfilter_hook_has_a_program_as_long_as_the_link() -> None:
     hook = kbpf.Netfilter(family="ipv6", hook="local_in", priority=-1)
 

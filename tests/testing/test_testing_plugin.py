@@ -50,6 +50,12 @@ def test_a_version_of_linux_is_a_requirement(tmp_path: Path) -> None:
     assert pytest_on(tmp_path, code, KBPF_REQUIRE=f"{here},{later}").returncode == 1
 
 
+def test_the_emulator_has_what_a_version_of_linux_has(tmp_path: Path) -> None:
+    code = "import pytest\n@pytest.mark.requires('linux-99.0')\ndef test_it(backend): assert backend == 'emulator'\n"
+    done = pytest_on(tmp_path, code)
+    assert "1 passed, 1 skipped" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["quantum", "linux", "linux-6", "6.6", "linux-6.6.1"])
 def test_an_unknown_requirement_is_refused(tmp_path: Path, name: str) -> None:
     done = pytest_on(tmp_path, f"import pytest\n@pytest.mark.requires('{name}')\ndef test_it(): pass\n")
