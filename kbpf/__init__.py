@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kbpf.runtime.events import Events
     from kbpf.runtime.filter import Filter, compile, compile_ebpf
     from kbpf.runtime.interface import attached_programs, interface_index
-    from kbpf.runtime.inventory import links, maps, programs, statistics
+    from kbpf.runtime.inventory import btfs, links, maps, programs, statistics
     from kbpf.runtime.link import BpfLink, CgroupLink, InterfaceLink, IteratorLink, Link, SocketLink
     from kbpf.runtime.map import Map
     from kbpf.runtime.maps.arrays import ArrayMap
@@ -95,6 +95,7 @@ _HOMES = {
     "emulator": "",
     "features": "",
     "interface_index": "runtime.interface",
+    "btfs": "runtime.inventory",
     "links": "runtime.inventory",
     "load": "runtime.collection",
     "load_program": "runtime.program",
@@ -156,6 +157,7 @@ __all__ = [
     "attach_reuseport",
     "attached_programs",
     "bcc",
+    "btfs",
     "compile",
     "compile_ebpf",
     "emulator",

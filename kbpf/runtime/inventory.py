@@ -1,4 +1,4 @@
-"""What is loaded: programs, maps and links by their ids, as bpftool lists them, and the counting of runs.
+"""What is loaded: programs, maps, links and BTF by their ids, as bpftool lists them, and the counting of runs.
 
 Ids are of Linux 4.13, those of links of 5.8. Listing takes CAP_SYS_ADMIN. Objects come and go while they are listed:
 what has gone before it is looked at is left out, what comes meanwhile may be.
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from kbpf.backend import Backend, ObjectKind
-from kbpf.info import LinkInfo, MapInfo, ProgramInfo
+from kbpf.info import BtfInfo, LinkInfo, MapInfo, ProgramInfo
 from kbpf.runtime.backends import select
 from kbpf.runtime.failures import doing
 
-Told = TypeVar("Told", MapInfo, ProgramInfo, LinkInfo)
+Told = TypeVar("Told", MapInfo, ProgramInfo, LinkInfo, BtfInfo)
 
 
 def programs(backend: str | None = None) -> Iterator[ProgramInfo]:
@@ -38,6 +38,12 @@ def links(backend: str | None = None) -> Iterator[LinkInfo]:
     """The same of each BPF link (Linux 5.8): see `programs`. What was attached without a link is not among them."""
     chosen = select(backend)
     return _each(chosen, "link", "link", chosen.link_info)
+
+
+def btfs(backend: str | None = None) -> Iterator[BtfInfo]:
+    """The same of each BTF (Linux 5.11): the kernel's own, its modules', and those of programs and maps."""
+    chosen = select(backend)
+    return _each(chosen, "btf", "btf", chosen.btf_info)
 
 
 def pins(kind: ObjectKind, backend: str | None = None) -> dict[int, list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import kbpf
 from kbpf.testing.plugin import need
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +34,8 @@ def test_the_snippets_of_a_page_run(page: Path) -> None:
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_reference_of_python_names_all_that_is_public() -> None:
+    page = (ROOT / "docs/reference/python.md").read_text()
+    assert [name for name in kbpf.__all__ if not re.search(rf"\b{name}\b", page)] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -192,6 +193,19 @@ def test_btf_has_an_id_while_a_map_or_program_has_it(backend: Any) -> None:
         info = map.info
         assert info.btf_id > 0
         assert (info.btf_key_type_id, info.btf_value_type_id) == (btf.int, btf.u64)
+        [listed] = [told for told in kbpf.btfs(backend) if told.id == info.btf_id]
+        assert (listed.size, listed.name, listed.kernel) == (len(btf.bytes()), "", False)
+    # The kernel lets it go a moment later.
+    for _ in range(500):
+        if info.btf_id not in [told.id for told in kbpf.btfs(backend)]:
+            return
+        time.sleep(0.01)
+    pytest.fail("the BTF stays")
+
+
+@pytest.mark.requires("kernel")
+def test_the_kernels_own_btf_has_a_name() -> None:
+    assert "vmlinux" in [told.name for told in kbpf.btfs("kernel") if told.kernel]
 
 
 @pytest.fixture
