@@ -344,7 +344,7 @@ class EmulatorBackend(LinkCommands, SocketCalls):
         return self._reopen(found, flags)
 
     def ids(self, kind: ObjectKind) -> list[int]:
-        if kind == "map" and any(not found.users for found in list(MAPS.values())):
+        if kind in ("map", "btf") and any(not found.users for found in list(MAPS.values())):
             _let_go()
         return sorted(_OBJECTS[kind])
 
