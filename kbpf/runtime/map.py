@@ -125,9 +125,19 @@ class Map(BpfMap, MutableMapping[Any, Any]):
         """
         if len(key) != self.shape.key_size:
             raise ValueError(f"a key of {len(key)} bytes where {self.label} has {self.shape.key_size}")
+        return self._look_up(key, key, 0)
+
+    def lookup_element(self, key: Any, flags: int = 0) -> Any:
+        """BPF_MAP_LOOKUP_ELEM with flags: with ``BPF_F_LOCK`` (Linux 5.1) no program's locked update is seen half done.
+
+        Raises `KeyError`, `BpfError` (EINVAL for flags that the map does not take).
+        """
+        return self.value_codec.decode(self._look_up(key, self._key(key), flags))
+
+    def _look_up(self, key: Any, encoded: bytes, flags: int) -> bytes:
         try:
             with self._descriptor as fd:
-                return self._backend.map_lookup(fd, key, self.value_codec.size)
+                return self._backend.map_lookup(fd, encoded, self.value_codec.size, flags)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise KeyError(key) from None
@@ -149,7 +159,7 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     def update_element(self, key: Any, value: Any, flags: int = BPF_ANY) -> None:
         """BPF_MAP_UPDATE_ELEM: store, with ``BPF_NOEXIST`` only a new key, with ``BPF_EXIST`` only an old one.
 
-        Raises `KeyError` where BPF_EXIST finds none, `MapFullError` when there is no room, `BpfError` (EEXIST,
+        ``BPF_F_LOCK`` (Linux 5.1) besides takes the spin lock of the value. Raises `KeyError` where BPF_EXIST finds none, `MapFullError` when there is no room, `BpfError` (EEXIST,
         EPERM if frozen).
         """
         try:

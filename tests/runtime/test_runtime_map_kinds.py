@@ -23,7 +23,7 @@ from kbpf.runtime.maps.base import as_created
 from kbpf.runtime.maps.unmade import reasons
 from kbpf.testing.btf_bytes import BtfBytes
 from kbpf.types import Int, Member, Struct
-from kbpf.uapi.constants import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG
+from kbpf.uapi.constants import BPF_F_LOCK, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG
 from kbpf.uapi.enums import MAP_TYPES
 
 #: What needs more than sizes, and what is no type.
@@ -442,3 +442,20 @@ def test_a_snapshot_of_what_nobody_can_change_is_consistent(backend):
         assert (array.snapshot(), array.snapshot().consistent) == ({0: 7, 1: 0, 2: 0}, True)
     with made("array", backend, value="I", **constant) as array:
         assert not array.snapshot().consistent
+
+
+def test_values_with_a_lock_are_read_and_written_under_it(backend):
+    btf = BtfBytes()
+    lock = btf.structure("bpf_spin_lock", 4, ("val", btf.int, 0))
+    value = btf.structure("value", 16, ("lock", lock, 0), ("number", btf.u64, 8))
+    types = {"btf": btf.bytes(), "btf_key_type_id": btf.int, "btf_value_type_id": value}
+    with made("hash", backend, key="I", value="I4xQ", key_size=4, value_size=16, max_entries=4, **types) as map:
+        map.update_element(1, (0, 7), BPF_F_LOCK)
+        assert map.lookup_element(1, BPF_F_LOCK) == map.lookup_element(1) == (0, 7)
+        with pytest.raises(KeyError):
+            map.lookup_element(2, BPF_F_LOCK)
+    with made("hash", backend, key="I", value="Q", max_entries=4) as plain:
+        plain[1] = 1
+        with pytest.raises(kbpf.BpfError) as caught:
+            plain.lookup_element(1, BPF_F_LOCK)
+        assert caught.value.errno == errno.EINVAL
