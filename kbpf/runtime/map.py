@@ -159,8 +159,8 @@ class Map(BpfMap, MutableMapping[Any, Any]):
     def update_element(self, key: Any, value: Any, flags: int = BPF_ANY) -> None:
         """BPF_MAP_UPDATE_ELEM: store, with ``BPF_NOEXIST`` only a new key, with ``BPF_EXIST`` only an old one.
 
-        ``BPF_F_LOCK`` (Linux 5.1) besides takes the spin lock of the value. Raises `KeyError` where BPF_EXIST finds none, `MapFullError` when there is no room, `BpfError` (EEXIST,
-        EPERM if frozen).
+        ``BPF_F_LOCK`` (Linux 5.1) besides takes the spin lock of the value. Raises `KeyError` where BPF_EXIST finds
+        none, `MapFullError` when there is no room, `BpfError` (EEXIST, EPERM if frozen).
         """
         try:
             with self._descriptor as fd:
