@@ -129,9 +129,9 @@ class ClassicProgram:
         """Raise `MissingDependencyError` if native code is asked for, and cannot be made."""
         engines.check(engine)
 
-    def has_earned(self, more: int = 0) -> bool:
-        """Whether compiling it is worth the while, after what has run and `more` instructions that are to run."""
-        return engines.has_earned(self._code, more)
+    def has_earned(self, runs: int = 0) -> bool:
+        """Whether compiling it is worth the while, after what has run and with so many `runs` that are to come."""
+        return engines.has_earned(self._code, runs)
 
     def path(self, packet: Packet) -> tuple[int, tuple[int, ...]]:
         """The return value, and the indices of the instructions that ran, in order."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib.util
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kbpf.backend import ENGINES, Engine
+from kbpf.emulator.checks import jump_target
 from kbpf.emulator.interpreter import Code, Context, Run, Subject
 from kbpf.emulator.packet import Packet
 from kbpf.emulator.semantics import FUEL
 from kbpf.errors import EmulationWarning, MissingDependencyError
+from kbpf.isa import ebpf
+from kbpf.isa.ebpf import Instruction
 
 if TYPE_CHECKING:
     from kbpf.emulator.jit.batch import NativeBatch, Start
@@ -27,7 +31,11 @@ if TYPE_CHECKING:
 #: Instructions in the interpreter that are worth compiling a program of up to `_USUAL` instructions; as often more for
 #: one that has more.
 WORTH, _USUAL = 200_000, 200
+#: Instructions that take as long as what the interpreter does for a run besides them.
+_RUN = 40
 
+#: What is never followed by the next instruction.
+_NO_FALL = (ebpf.JMP | ebpf.EXIT, ebpf.JMP | ebpf.JA, ebpf.JMP32 | ebpf.JA)
 _COMMAND = "pip install 'kbpf[jit]'"
 # A signal handler may come to this while the program that it interrupts is being compiled.
 _lock = threading.RLock()
@@ -50,12 +58,34 @@ def execute(
     try:
         return run.execute()
     finally:
-        code.work += len(code.steps) + subject.budget - run.state[FUEL]
+        code.work += work_of(code) + subject.budget - run.state[FUEL]
 
 
-def has_earned(code: Code, more: int = 0) -> bool:
-    """Whether compiling it is worth the while, after what has run and `more` instructions that are to run."""
-    work = code.work + more
+def work_of(code: Code) -> int:
+    """What a run takes at most, in instructions, as long as it does not go back.
+
+    That is far less than the program has where it is a long list of hosts.
+    """
+    if not code.longest:
+        code.longest = _RUN + _longest([] if code.linked is None else code.linked.instructions)
+    return code.longest
+
+
+def _longest(instructions: Sequence[Instruction]) -> int:
+    """Instructions on the longest way through a program that never goes back."""
+    behind = [0] * (len(instructions) + 2)
+    for pc in range(len(instructions) - 1, -1, -1):
+        instruction = instructions[pc]
+        opcode, target = instruction.opcode, jump_target(pc, instruction)
+        taken = behind[target] if target is not None and target > pc else 0
+        following = 0 if opcode in _NO_FALL else behind[pc + (2 if opcode == ebpf.LD_IMM64 else 1)]
+        behind[pc] = 1 + max(taken, following)
+    return behind[0]
+
+
+def has_earned(code: Code, runs: int = 0) -> bool:
+    """Whether compiling it is worth the while, after what has run and with so many `runs` that are to come."""
+    work = code.work + runs * work_of(code)
     return work > WORTH and work > WORTH * len(code.steps) // _USUAL
 
 
@@ -100,7 +130,7 @@ def test_runs_of(program: Program, count: int) -> NativeTestRuns | None:
     code = program.code
     if code.engine == "interpreter" or code.linked is None:
         return None
-    if code.engine == "auto" and not has_earned(code, count * len(code.steps)):
+    if code.engine == "auto" and not has_earned(code, count):
         return None
     if program.test_runs is None and _installed():
         from kbpf.emulator.jit.testrun import native_test_runs

@@ -72,7 +72,7 @@ class Linked(NamedTuple):
 class Code:
     """A linked program."""
 
-    __slots__ = ("engine", "frames", "functions", "linked", "native", "program", "steps", "work")
+    __slots__ = ("engine", "frames", "functions", "linked", "longest", "native", "program", "steps", "work")
 
     def __init__(self, steps: list[Step], functions: frozenset[int], frames: int, linked: Linked | None = None) -> None:
         self.steps = steps
@@ -84,6 +84,8 @@ class Code:
         self.engine: Engine = "auto"
         self.native: NativeProgram | None = None
         self.work = 0
+        #: Instructions that a run takes at most, 0 where nobody has asked yet.
+        self.longest = 0
         #: Where functions start, other than the main one.
         self.functions = functions
         #: Stack frames that a run may need; 0 if nothing but registers and the packet is touched.

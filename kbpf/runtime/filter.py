@@ -146,7 +146,7 @@ class Filter:
             wirelens = unsigned(wirelens)
             if len(wirelens) != len(packets):
                 raise ValueError(f"{len(wirelens)} lengths for {len(packets)} packets")
-        native = None if engine == "interpreter" else self.native(engine, len(packets) * len(self.instructions))
+        native = None if engine == "interpreter" else self.native(engine, len(packets))
         if not native:
             lengths: Iterable[int | None] = repeat(None) if wirelens is None else wirelens
             runs = zip(packets, lengths, strict=False)
@@ -170,19 +170,19 @@ class Filter:
             packets, wirelens = listed_packets(packets, wirelens)
         return list(compress(packets, self.match_all(packets, wirelens, engine=engine)))
 
-    def native(self, engine: Engine, work: int) -> NativeBatch | None:
-        """The filter in native code, where it is there and asked for, or earned by `work` instructions that are to run.
+    def native(self, engine: Engine, runs: int) -> NativeBatch | None:
+        """The filter in native code, where it is there and asked for, or earned by `runs` that are to come.
 
         For what runs a filter over packets that it finds by itself (`kbpf.runtime.scanning`).
         """
         native = self._native
-        return native if native and engine in ENGINES else self._compiled(engine, work) or None
+        return native if native and engine in ENGINES else self._compiled(engine, runs) or None
 
-    def _compiled(self, engine: Engine, work: int = 0) -> NativeBatch | Literal[False] | None:
+    def _compiled(self, engine: Engine, runs: int = 0) -> NativeBatch | Literal[False] | None:
         """The filter in native code, if it is asked for or has earned it; False where there is none."""
         program = self._emulated or self._prepare()
         program.check(engine)
-        if engine == "jit" or program.has_earned(work):
+        if engine == "jit" or program.has_earned(runs):
             start: Start = "transport" if self.layout.start == "transport" else "packet"
             self._native = program.native(start, _Live(self) if self.layout.live else program) or False
         return self._native

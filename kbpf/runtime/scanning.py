@@ -169,8 +169,8 @@ class Scanner:
         """What is run over packets of a link type, of which there may be `size` bytes (0: nobody knows)."""
         if dlt not in self._runners:
             filter = self._filter_of(dlt)
-            work = len(filter) * size // _MEAN_PACKET if size else _ENDLESS
-            native = None if self._engine == "interpreter" else filter.native(self._engine, work)
+            runs = size // _MEAN_PACKET if size else _ENDLESS
+            native = None if self._engine == "interpreter" else filter.native(self._engine, runs)
             self.in_native_code |= native is not None
             session = None if native is None else self._stack.enter_context(native.session())
             self._runners[dlt] = _Runner(filter, native, session)

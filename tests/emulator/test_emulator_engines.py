@@ -72,6 +72,21 @@ def test_a_long_program_earns_it_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.requires("llvmlite")
+def test_a_long_list_of_which_a_packet_meets_little_earns_it_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes as long as for others of its length, a run does not."""
+    monkeypatch.setattr(engines, "WORTH", 2000)
+    keep, drop = cbpf.Instruction(cbpf.RET | cbpf.K, 0, 0, 1), cbpf.Instruction(cbpf.RET | cbpf.K, 0, 0, 0)
+    test = cbpf.Instruction(cbpf.JMP | cbpf.JEQ | cbpf.K, 0, 1, 7)
+    straight = kbpf.Filter([cbpf.Instruction(cbpf.ALU | cbpf.ADD | cbpf.K, 0, 0, 1)] * 599 + [drop])
+    short = kbpf.Filter([test, keep, drop] * 200)
+    for filter, needed in ((straight, 10), (short, 136)):
+        filter.match_all([bytes(60)] * (needed - 1))
+        assert filter._native is None
+        filter.match_all([bytes(60)] * 2 * needed)
+        assert filter._native is not None
+
+
+@pytest.mark.requires("llvmlite")
 def test_what_native_code_does_not_take_stays_and_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tail call in a function."""
     from kbpf.emulator.jit import program as native

@@ -312,8 +312,8 @@ class NativeBatch:
         assert code.linked is not None
         self._code, self._subject, self._network, self._mac = code, subject, network, mac
         source = source_of(code.linked)
-        text = emit.program(source, CALLBACKS) + each(start, subject.budget, source.asks)
-        self._program = NativeProgram(code, source, Compiled(_DECLARATIONS + text))
+        text, round = emit.program(source, CALLBACKS), each(start, subject.budget, source.asks)
+        self._program = NativeProgram(code, source, Compiled(_DECLARATIONS + text + round, large=source.large))
         self.address = self._program.compiled.address("each")
         self._each = _EACH_TYPE(self.address)
         self._asks = source.asks
@@ -323,7 +323,8 @@ class NativeBatch:
         def wide() -> str:
             return emit.program(replace(source, wide=True), CALLBACKS) + each(start, subject.budget, asks=False)
 
-        self._loops = Loops(text, "matches", source.asks, None if source.asks else wide)
+        once = source.asks or source.large
+        self._loops = Loops(self._program.within(text) + round, "matches", source.asks, None if once else wide)
 
     def over_list(self, packets: list[bytes], wirelens: Sequence[int] | None) -> bytes:
         """A 0 or 1 for each packet. Raises `TypeError` for what is no bytes object, `EmulationFault`."""

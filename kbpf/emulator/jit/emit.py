@@ -22,6 +22,9 @@ from kbpf.uapi.enums import HELPERS
 
 _LOOKUP = HELPERS["map_lookup_elem"]
 _CALL, _EXIT = ebpf.JMP | ebpf.CALL, ebpf.JMP | ebpf.EXIT
+#: More text, or more ways from one instruction to another that is not behind it, are `large`: what has no more is
+#: compiled in a quarter of a second, or half of one where all of the text is between two jumps.
+_LONG, _MANY_JUMPS = 1 << 19, 500
 _ARGUMENTS = "i64 %a1, i64 %a2, i64 %a3, i64 %a4, i64 %a5, i64 %depth"
 
 
@@ -49,7 +52,8 @@ class Source:
     filter's translation, whose absolute loads reach ancillary words, and whose context is asked for the packet's length
     only. `wide` loads of packets may read seven bytes behind them. What is said in `slots`, `escapes` and `asks` is
     found while emitting: the context's fields that are read at known places, whether Python or computed addresses
-    reach the stack, and whether native code may ask Python for anything at all.
+    reach the stack, and whether native code may ask Python for anything at all; and in `large`, whether there is
+    so much of it that LLVM would take seconds (`kbpf.emulator.jit.engine.Compiled`).
     """
 
     instructions: Sequence[Instruction]
@@ -61,6 +65,7 @@ class Source:
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
     escapes: bool = False
     asks: bool = False
+    large: bool = False
 
     def supported(self) -> bool:
         """Whether this can be compiled: not where functions other than the main one make tail calls."""
@@ -87,7 +92,19 @@ def program(source: Source, callbacks: Callbacks) -> str:
     ]
     text = "\n".join(functions)
     source.asks = "call i64 inttoptr" in text or "call void inttoptr" in text
+    source.large = len(text) > _LONG or text.count("label %pc") > _MANY_JUMPS
     return text
+
+
+def compiled(address: int) -> str:
+    """A program's main function, where it has been compiled before."""
+    names = ", ".join(f"i64 %a{number}" for number in range(1, 6))
+    return f"""
+define i64 @f0(ptr %run, {_ARGUMENTS}) {{
+  %r = call i64 inttoptr (i64 {address} to ptr)(ptr %run, {names}, i64 %depth)
+  ret i64 %r
+}}
+"""
 
 
 class _Function:

@@ -16,9 +16,8 @@ declare i64 @llvm.bswap.i64(i64)
 """
 #: How hard LLVM tries, of 0 to 3; at 0 it takes a quarter of the time.
 LEVEL = 2
-#: Functions with more text than this, which is of some thousand instructions, are compiled at 0: LLVM's time grows with
-#: the square.
-_LARGE = 1 << 20
+#: Text that is longer than this, which is of some thousand instructions, is compiled at 0.
+_HUGE = 1 << 20
 # A signal handler may come to this while the program that it interrupts is being compiled.
 _lock = threading.RLock()
 
@@ -44,16 +43,20 @@ def gathers() -> bool:
 
 
 class Compiled:
-    """Code in memory, for as long as this is held. `vectors` lets loops take several rounds at once."""
+    """Code in memory, for as long as this is held. `vectors` lets loops take several rounds at once.
 
-    def __init__(self, text: str, vectors: bool = False) -> None:
-        llvm, level = _llvm(), LEVEL if len(text) < _LARGE else 0
+    A `large` program keeps its registers in memory between blocks, as its text does: to put them together where jumps
+    meet, LLVM's passes take time that grows with the square of their number, and all that comes behind them does.
+    """
+
+    def __init__(self, text: str, vectors: bool = False, large: bool = False) -> None:
+        llvm, level = _llvm(), LEVEL if len(text) < _HUGE else 0
         # LLVM's context and its passes are not for several threads at once.
         with _lock:
             module = llvm.parse_assembly(PRELUDE + text)
             target, cpu, features = _host()
             machine = target.create_target_machine(cpu=cpu, features=features, opt=level, jit=True)
-            options = llvm.create_pipeline_tuning_options(speed_level=level)
+            options = llvm.create_pipeline_tuning_options(speed_level=0 if large else level)
             options.loop_vectorization = vectors
             options.slp_vectorization = options.loop_unrolling = False
             builder = llvm.create_pass_builder(machine, options)

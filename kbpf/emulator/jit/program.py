@@ -40,10 +40,15 @@ class NativeProgram:
         self.slots, self.escapes = source.slots, source.escapes
         self.main = compiled.address("f0")
         self._main = _FUNCTION(self.main)
+        self._large = source.large
         self._functions: dict[int, Callable[..., int]] = {}
         #: Memory that stays where it is as long as the program, whose addresses are in its code: values of arrays.
         self.regions, self._lasting = _lasting(linked), source.lasting
         self._free: list[Session] = []
+
+    def within(self, text: str) -> str:
+        """What loops go around: the text that this was compiled of, or a call where compiling that again takes long."""
+        return emit.compiled(self.main) if self._large else text
 
     def slot_array(self) -> Any:
         return (ctypes.c_uint64 * max(len(self.slots), 1))()
@@ -107,7 +112,8 @@ def compiled(code: Code) -> NativeProgram:
     """Compile code that is supported."""
     assert code.linked is not None
     source = source_of(code.linked)
-    return NativeProgram(code, source, Compiled(emit.program(source, CALLBACKS)))
+    text = emit.program(source, CALLBACKS)
+    return NativeProgram(code, source, Compiled(text, large=source.large))
 
 
 def source_of(linked: Linked) -> emit.Source:

@@ -235,8 +235,8 @@ class NativeTestRuns:
         self._scratch = bytearray(FRAME) if writes else None
         scratch, self._held = host_address(self._scratch) if self._scratch is not None else (0, None)
         each = _each(program, source, values, scratch)
-        self._native = NativeProgram(program.code, source, Compiled(text))
-        self._loops = Loops(text + each, "values", asks=True)
+        self._native = NativeProgram(program.code, source, Compiled(text, large=source.large))
+        self._loops = Loops(self._native.within(text) + each, "values", asks=True)
         self._busy = Lock()
 
     def run(self, program: Program, packets: list[bytes]) -> array[int]:
