@@ -81,6 +81,18 @@ def type_for(spec: Any) -> Type:
     raise TypeError(f"{spec!r} is no ctypes type, dataclass or type of BTF")
 
 
+def described(spec: Any) -> Type | None:
+    """The type of BTF for what `codec_for` takes; None where there is none, as for several numbers without names."""
+    if isinstance(spec, (str, struct.Struct)):
+        packer = struct.Struct(spec) if isinstance(spec, str) else spec
+        letter = number_letter(packer)
+        return None if letter is None else _LETTERS[letter]
+    try:
+        return type_for(spec)
+    except TypeError:
+        return None
+
+
 def _named(spec: Any) -> str:
     return getattr(spec, "__name__", None) or getattr(spec, "name", None) or repr(spec)
 

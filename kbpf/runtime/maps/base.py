@@ -17,6 +17,7 @@ from kbpf.info import MapInfo
 from kbpf.runtime.backends import select
 from kbpf.runtime.codecs import Codec, codec, per_cpu_codec
 from kbpf.runtime.failures import doing, translate
+from kbpf.runtime.maps.described import create, described
 from kbpf.runtime.maps.unmade import needs_template, reasons
 from kbpf.runtime.resource import Descriptor, Resource
 from kbpf.specs import MapSpec
@@ -83,7 +84,8 @@ class BpfMap(Resource):
         """Make a new map from `spec`, with its first contents, frozen if it says so.
 
         `inner` is the template for a map of maps; without it one is made from ``spec.inner`` and let go again. `key`
-        and `value` say what keys and values are, as `with_types` takes them; sizes that the spec leaves 0 are theirs.
+        and `value` say what keys and values are, as `with_types` takes them; sizes that the spec leaves 0 are theirs,
+        and the kernel is told of them (BTF) where the spec has none.
         Needs CAP_BPF (or ``kernel.unprivileged_bpf_disabled=0``, for the plain types). Raises `PermissionDeniedError`,
         `BpfError` (EINVAL for a size or flag that the type does not take, E2BIG and ENOMEM for too large),
         `TypeError` where the type has another class.
@@ -116,7 +118,7 @@ class BpfMap(Resource):
             hint = "it is made after another map: pass one as inner, or the inner spec"
             raise BpfError(errno.EINVAL, f"create {named}", (hint,))
         try:
-            fd = chosen.map_create(spec, None if inner is None else inner.fileno())
+            fd = create(chosen, described(spec, key, value), spec, None if inner is None else inner.fileno())
         except OSError as error:
             hints = reasons(spec) if error.errno == errno.EINVAL else ()
             attempt = f"create {named}"
