@@ -56,7 +56,7 @@ def codec(type: Type | None, size: int) -> Codec:
     if isinstance(type, (Int, Enum, Pointer)) and size in _SIZES:
         return _scalar_codec(_INTEGER[size, getattr(type, "signed", False)], size)
     if isinstance(type, Array):
-        return _bytes_codec(size) if _is_byte(type.element) else _array_codec(type)
+        return _bytes_codec(size, _is_char(type.element)) if _is_byte(type.element) else _array_codec(type)
     if isinstance(type, Struct) and _is_plain(type):
         return _struct_codec(type)
     return _bytes_codec(size)
@@ -64,6 +64,10 @@ def codec(type: Type | None, size: int) -> Codec:
 
 def _is_byte(type: Type) -> bool:
     return isinstance(type, Int) and type.size == 1 and not type.boolean
+
+
+def _is_char(type: Type) -> bool:
+    return isinstance(type, Int) and type.char
 
 
 def _is_plain(type: Struct) -> bool:
@@ -77,11 +81,15 @@ def _is_plain(type: Struct) -> bool:
     )
 
 
-def _bytes_codec(size: int) -> Codec:
+def _bytes_codec(size: int, text: bool = False) -> Codec:
+    """Where it is `text`, what is shorter ends in zeroes, as strings do in C."""
+
     def encode(value: Any) -> bytes:
         if isinstance(value, int) and size in _SIZES:
             return _from_int(value, size)
         data = bytes(memoryview(value).cast("B"))
+        if text:
+            data = data.ljust(size, b"\0")
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes where {size} are wanted")
         return data

@@ -90,6 +90,15 @@ def test_a_value_that_does_not_fit_is_a_value_error(type, value):
         codec(type, type.size if type else 4).encode(value)
 
 
+def test_text_that_is_short_ends_in_zeroes_as_in_c():
+    char = Int(name="char", size=1, char=True)
+    comm = Struct(name="comm", size=8, members=(Member(name="text", type=Array(element=char, count=8)),))
+    assert codec(comm, 8).encode((b"bash",)) == b"bash\0\0\0\0"
+    for type, value in ((comm, (b"too long a name",)), (Array(element=U8, count=8), b"bash")):
+        with pytest.raises(ValueError, match="where 8 are wanted"):
+            codec(type, 8).encode(value)
+
+
 def test_bytes_without_a_type_also_take_an_integer():
     assert codec(None, 4).encode(6) == struct.pack("=I", 6)
     assert codec(None, 4).decode(b"abcd") == b"abcd"
