@@ -201,7 +201,11 @@ def test_a_socket_on_all_interfaces_names_the_one_a_frame_came_by(world: Any) ->
         assert listener.getsockname() == ("", 3, 0, 0, b"")
         with world.open("v0", RAW, 0) as sender:
             sender.send(LOCAL + SOURCE + b"\x08\0" + IPV4)
-        assert [(m[3][0], m[3][2]) for m in received(listener)] == [("v0", 4), ("v1", 0)]
+        # On a busy machine Linux brings the frame over a moment after it was sent.
+        found: list[Any] = []
+        while len(found) < 2 and select.select([listener], [], [], 2)[0]:
+            found += received(listener)
+        assert [(m[3][0], m[3][2]) for m in found] == [("v0", 4), ("v1", 0)]
 
 
 @pytest.mark.parametrize(
