@@ -149,7 +149,7 @@ def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str
     process = probes.privileges()
     lacking = process.lacks(_needed(operation, program_type, map_type))
     if not lacking:
-        return _otherwise(operation, program_type, process)
+        return _otherwise(operation, program_type, map_type, process)
     named = " and ".join(lacking)
     if not process.initial_user_namespace:
         return (
@@ -163,11 +163,16 @@ def _capabilities(operation: str, program_type: str, map_type: str) -> tuple[str
     return reason, f"run as root, grant {named}, or set KBPF_BACKEND=emulator"
 
 
-def _otherwise(operation: str, program_type: str, process: probes.Privileges) -> tuple[str, ...]:
+def _otherwise(operation: str, program_type: str, map_type: str, process: probes.Privileges) -> tuple[str, ...]:
     """Why it is refused to a process that has the capabilities."""
     if operation in _MAKING:
         if probes.bpf_answers(operation):
             return _refused_to_all(operation, process)
+        if operation == "map_create" and not process.effective.issuperset(probes.map_capabilities(map_type)[1:]):
+            return (
+                "before Linux 6.9 maps of this type take CAP_NET_ADMIN itself: CAP_SYS_ADMIN does not include it",
+                "run as root, or grant CAP_NET_ADMIN",
+            )
         if operation != "btf_load" and probes.charges_memlock():
             soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             if soft != resource.RLIM_INFINITY:

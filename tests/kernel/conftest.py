@@ -63,7 +63,9 @@ def readable_kbpf() -> Iterator[Path]:
 
 def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture

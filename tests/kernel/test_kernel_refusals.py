@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kbpf.isa import ebpf
 from kbpf.kernel import programs
 from kbpf.kernel.backend import KernelBackend
 from kbpf.specs import MapSpec, ProgramSpec
+from kbpf.testing.requirements import available
 from kbpf.verifier_log import SourceLine, read_log
 
 pytestmark = pytest.mark.requires("kernel")
@@ -28,8 +30,8 @@ def call(helper: int) -> tuple[int, ...]:
     return (0x85, 0, 0, 0, helper)
 
 
-# What: type, instructions, a part of the reason, the instruction's index (None: the verifier names none), and registers
-# that it must have told of.
+# What: type, instructions, a pattern in the reason (what Linux 6.1 says differently is its second half), the
+# instruction's index (None: the verifier names none), and registers that it must have told of.
 REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict[str, str]]] = {
     "unreadable register": ("socket_filter", (EXIT,), "R0 !read_ok", 0, {"R1": "ctx()"}),
     "scalar as pointer": (
@@ -50,7 +52,7 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
         {},
     ),
     "context": ("socket_filter", ((0x61, 0, 1, 4000, 0), EXIT), "invalid bpf_context access", 0, {"R1": "ctx()"}),
-    "context written": ("socket_filter", ((0x62, 1, 0, 0, 0), ZERO, EXIT), "invalid bpf_context access", 0, {}),
+    "context written": ("socket_filter", (ZERO, (0x63, 1, 0, 0, 0), EXIT), "invalid bpf_context access", 1, {}),
     "packet": (
         "xdp",
         ((0x61, 2, 1, 0, 0), (0x61, 0, 2, 0, 0), EXIT),
@@ -59,7 +61,13 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
         {"R2": "pkt(r=0)"},
     ),
     "unknown helper": ("socket_filter", (call(9999), EXIT), "invalid func unknown#9999", 0, {}),
-    "helper of others": ("socket_filter", (call(51), EXIT), "cannot use helper bpf_redirect_map#51", 0, {}),
+    "helper of others": (
+        "socket_filter",
+        (call(51), EXIT),
+        "(cannot use helper|unknown func) bpf_redirect_map#51",
+        0,
+        {},
+    ),
     "helper's argument": (
         "socket_filter",
         (ZERO, (0xBF, 1, 0, 0, 0), call(1), EXIT),
@@ -82,7 +90,13 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
         2,
         {"R6": "ctx()"},
     ),
-    "return value": ("cgroup_skb", ((0xB7, 0, 0, 0, 5), EXIT), "R0 has smin=5 smax=5", 1, {"R0": "5"}),
+    "return value": (
+        "cgroup_skb",
+        ((0xB7, 0, 0, 0, 5), EXIT),
+        r"R0 has (smin=5 smax=5|value \(0x5; 0x0\))",
+        1,
+        {"R0": "5"},
+    ),
     "division by zero": ("socket_filter", (ZERO, (0x37, 0, 0, 0, 0), EXIT), "div by zero", 1, {"R0": "0"}),
     "shift": ("socket_filter", (ZERO, (0x67, 0, 0, 0, 64), EXIT), "invalid shift 64", 1, {"R0": "0"}),
     "pointer arithmetic": (
@@ -115,7 +129,7 @@ REFUSED: dict[str, tuple[str, tuple[tuple[int, ...], ...], str, int | None, dict
     "stacks too large": (
         "socket_filter",
         ((0x7A, 10, 0, -264, 1), (0x85, 0, 1, 0, 1), EXIT, (0x7A, 10, 0, -264, 1), ZERO, EXIT),
-        "combined stack size of 2 calls is 544",
+        "combined stack size of 2 calls is (544|576)",
         None,
         {},
     ),
@@ -158,14 +172,16 @@ def test_the_error_says_which_instruction_and_why(what: str) -> None:
     with pytest.raises(kbpf.VerifierError) as caught:
         kbpf.load_program(spec(what), backend="kernel")
     error = caught.value
-    assert error.log and error.reason and reason in error.reason
+    assert error.log and error.reason and re.search(reason, error.reason)
     assert error.reason.splitlines()[0] in str(error)
     assert len(str(error).splitlines()) <= 12
     if index is not None:
         assert error.instruction is not None and error.instruction.pc == index
         assert error.instruction.text.startswith(f"({instructions[index][0]:02x}) ")
         assert f"at instruction {index}: " in str(error)
-    assert registers.items() <= error.registers.items()
+    # Older verifiers tell of what is 0, too: ctx(off=0,imm=0).
+    told = {name: re.sub(r"\b(off|imm)=0,|,?\b(off|imm)=0\b", "", text) for name, text in error.registers.items()}
+    assert registers.items() <= told.items()
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -185,7 +201,9 @@ def test_other_log_levels_say_the_same(what: str, level: int, kernel: KernelBack
     assert other.reason == usual.reason
     if level == 2:
         assert other.instruction == usual.instruction
-        assert other.registers == usual.registers
+        assert other.registers.keys() == usual.registers.keys()
+        # Older verifiers tell of fewer instructions' registers where they are asked for less.
+        assert other.registers == usual.registers or not available("linux-6.18")
 
 
 def test_a_long_log_is_kept_whole_and_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +216,7 @@ def test_a_long_log_is_kept_whole_and_asked_for_twice(monkeypatch: pytest.Monkey
     with pytest.raises(kbpf.VerifierError) as caught:
         kbpf.load_program(ProgramSpec(type="socket_filter", instructions=code), backend="kernel")
     assert len(caught.value.log) > 1 << 19
-    assert caught.value.log.startswith("0: R1=ctx() R10=fp0\n")
+    assert re.match(r"0: R1=ctx\((off=0,imm=0)?\) R10=fp0\n", caught.value.log)
     assert caught.value.instruction is not None and caught.value.instruction.pc == 20_000
     assert len(loads) == 3
 
