@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -170,18 +171,27 @@ def test_a_unix_stream_never_runs_a_filter_and_is_refused():
         kbpf.attach(right, KEEP, backend="kernel")
 
 
+def test_a_long_filter_takes_the_place_of_another(udp):
+    receiver, _ = udp
+    # Before Linux 6.8 sockets had less room for options.
+    length = min(4096, int(Path("/proc/sys/net/core/optmem_max").read_text()) // 16)
+    with kbpf.attach(receiver, DROP, backend="kernel") as link:
+        long = kbpf.Filter([cbpf.stmt(cbpf.LD, 0)] * (length - 1) + [cbpf.stmt(cbpf.RET, 1)])
+        attached = kbpf.attach(receiver, long, backend="kernel")
+        assert len(attached.read_back()) == length
+        assert link.detach() is False
+        assert attached.detach() is True
+
+
 def test_a_filter_larger_than_optmem_keeps_what_was_attached(udp):
     receiver, _ = udp
+    # Each of these becomes several instructions of eBPF.
+    larger = kbpf.Filter([cbpf.stmt(cbpf.LDX | cbpf.B | cbpf.MSH, 0)] * 4095 + [cbpf.stmt(cbpf.RET, 1)])
     with kbpf.attach(receiver, DROP, backend="kernel") as link:
-        small = 4096
-        previous = [
-            kbpf.attach(
-                receiver, kbpf.Filter([cbpf.stmt(cbpf.LD, 0)] * (small - 1) + [cbpf.stmt(6, 1)]), backend="kernel"
-            )
-        ]
-        assert len(previous[0].read_back()) == small
-        assert link.detach() is False
-        assert previous[0].detach() is True
+        with pytest.raises(kbpf.BpfError) as refused:
+            kbpf.attach(receiver, larger, backend="kernel")
+        assert refused.value.errno == errno.ENOMEM
+        assert link.detach() is True
 
 
 def test_asyncio_sockets_take_filters():
