@@ -46,6 +46,7 @@ class Connection(Transmission):
 
     def __init__(self, layer: TcpLayer, binding: Binding) -> None:
         super().__init__(layer, binding)
+        self.sock.connection = weakref.ref(self)
         self.slot = Slot()
         self.listener: Listener | None = None
         self.endpoint: weakref.ref[TcpSocket] | None = None
@@ -58,6 +59,8 @@ class Connection(Transmission):
         self.deaf = self.orphan = False
         #: Whether the user's socket is gone, and its remains only answer for it (``struct inet_timewait_sock``).
         self._remains = False
+        #: The index of the device that the last segment came by.
+        self.came_by = 0
 
     # Beginning.
 
@@ -111,6 +114,7 @@ class Connection(Transmission):
             return
         self.counts["segs_in"] += 1
         self.counts["data_segs_in"] += bool(segment.data)
+        self.came_by = packet.ifindex or 0
         if state == BPF_TCP_SYN_SENT:
             self._opened(ip, segment)
         elif self._expected(segment) and (state != BPF_TCP_NEW_SYN_RECV or self._accepted(ip, segment)):
@@ -166,7 +170,7 @@ class Connection(Transmission):
         self.sock.sock_ops_cb_flags = listener.sock.sock_ops_cb_flags
         listener.requests.remove(self)
         listener.pending.append(self)
-        self.sock.state = BPF_TCP_SYN_RECV
+        self.sock.state, self.sock.accepted = BPF_TCP_SYN_RECV, True
         self._answered(header)
         tcp_events.established(self.sock, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, segment)
         self.enter(BPF_TCP_ESTABLISHED)
@@ -219,6 +223,8 @@ class Connection(Transmission):
             if state in _RECEIVING:
                 self._early[header.seq] = segment
                 self._assemble()
+                if self.sock.psock is not None:
+                    self.sock.psock.arrived(self, header.flags, fin=self.fin_received)
         if self.sock.state != BPF_TCP_TIME_WAIT:
             self.push()
         if self._owes_ack:
@@ -238,6 +244,8 @@ class Connection(Transmission):
         self.cwnd += max(count // self.mss, 1)
         self._retries = 0
         self._stop_timer()
+        if self.sock.psock is not None:
+            self.sock.psock.go_on()
         if self._flight():
             self._start_timer(RTO_LEAST)
             if after(self._recover, self.snd_una) and not after(self._again, self.snd_una):
@@ -297,7 +305,7 @@ class Connection(Transmission):
     def read(self) -> None:
         """The user has read: tell the other end if there is much more room now (`tcp_cleanup_rbuf`)."""
         left = self._promised - self.rcv_nxt & M32
-        free = max(self.room - len(self.incoming), 0)
+        free = max(self.room - self.unread, 0)
         if (
             self.sock.state in _RECEIVING
             and 2 * left <= self.room

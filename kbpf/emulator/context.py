@@ -66,15 +66,10 @@ _WRITE = {"mark": 4, "priority": 4, "tc_index": 2, "tc_classid": 2, "queue_mappi
 _ATTRIBUTE = {"queue_mapping": "queue"}
 #: Read whole or not at all.
 _WHOLE = ("data", "data_meta", "data_end", "tstamp", "tstamp_type", "hwtstamp", "sk")
-#: Addresses of the packet's socket: which of them, of which family.
-_ENDS = {
-    "remote_ip4": ("remote", socket.AF_INET),
-    "local_ip4": ("local", socket.AF_INET),
-    "remote_ip6": ("remote", socket.AF_INET6),
-    "local_ip6": ("local", socket.AF_INET6),
-}
+#: Addresses of the packet's socket, each as the kernel keeps it, whatever the family is.
+_ENDS = {"remote_ip4": "remote4", "local_ip4": "local4", "remote_ip6": "remote6", "local_ip6": "local6"}
 _END_AT = {
-    field.offset + 4 * word: (*_ENDS[name], 4 * word)
+    field.offset + 4 * word: (_ENDS[name], 4 * word)
     for name, field in _LAYOUT.fields.items()
     if name in _ENDS
     for word in range(field.count)
@@ -116,6 +111,10 @@ _SCHED = Access(
     writes_packet=True,
 )
 _LWT = Access(_METADATA | _DATA, frozenset(("mark", "priority")), direct=True)
+#: Programs over what sockets have received, of which there are no test runs; they only read ``cb``.
+SK_SKB = Access(
+    (_METADATA | _DATA | _SOCKET) - {"mark"}, frozenset(("priority", "tc_index")), direct=True, writes_packet=True
+)
 #: By program type; ``cb`` may be read and written by all of them.
 ACCESS = {
     "socket_filter": Access(_METADATA),
@@ -159,9 +158,8 @@ class SkBuff:
         if _CB.offset <= offset and offset + size <= _CB_END:
             return int.from_bytes(self.cb[offset - _CB.offset : offset - _CB.offset + size], sys.byteorder)
         if offset in _END_AT and size == 4 and "family" in self.access.read:
-            which, family, at = _END_AT[offset]
-            ends = _socket(self.packet)
-            address: bytes = getattr(ends, which) if ends.family == family else b""
+            which, at = _END_AT[offset]
+            address: bytes = getattr(_socket(self.packet), which)
             return int.from_bytes(address[at : at + 4], sys.byteorder)
         name = _FIELD_AT.get(offset & ~3)
         if name is None or name not in self.access.read:

@@ -291,11 +291,14 @@ class Endpoint:
             if self.closed:
                 return
             self.closed = self.sock.closed = True
-            self._closed()
-            if self._wake is not None:
-                for end in self._wake:
-                    end.close()
-            self._arrived.notify_all()
+            try:
+                self._closed()
+            finally:
+                # A program that sees the end of what was sent may fault.
+                if self._wake is not None:
+                    for end in self._wake:
+                        end.close()
+                self._arrived.notify_all()
 
     def _closed(self) -> None:
         """Leave what the socket is registered with; called once, under the lock."""

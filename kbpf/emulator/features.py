@@ -7,6 +7,7 @@ from kbpf.emulator import cgroup_links, helpers, maps
 from kbpf.emulator.helpers.allowed import ALLOWED
 from kbpf.emulator.interpreter import TAIL_CALL_HELPER
 from kbpf.emulator.link_commands import LINKED
+from kbpf.emulator.sockmap_links import PLACES
 from kbpf.uapi.enums import ATTACH_TYPES, HELPERS
 
 # What a socket option attaches to, a map that keeps programs, `event_attach`, and `netfilter_link`.
@@ -18,7 +19,7 @@ _OTHERWISE = (
     "perf_event",
     "netfilter",
 )
-_LINKS = ("xdp", "tcx", "cgroup", "perf_event", "raw_tracepoint", "netfilter")
+_LINKS = ("xdp", "tcx", "cgroup", "perf_event", "raw_tracepoint", "netfilter", "sockmap")
 
 
 def ask(kind: FeatureKind, name: str, program_type: str = "") -> Answer:
@@ -31,7 +32,7 @@ def ask(kind: FeatureKind, name: str, program_type: str = "") -> Answer:
         return _helper(program_type, HELPERS[name])
     if kind == "link_type":
         return _answer(name in _LINKS, "the emulator has no such links")
-    there = name in LINKED or name in _OTHERWISE or ATTACH_TYPES[name] in cgroup_links.ATTACHED
+    there = name in LINKED or name in PLACES or name in _OTHERWISE or ATTACH_TYPES[name] in cgroup_links.ATTACHED
     return _answer(there, f"the emulator does not attach programs to {name}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from kbpf.backend import Attached
-from kbpf.emulator import cgroup_links, cgroups, links, network
+from kbpf.emulator import cgroup_links, cgroups, links, network, sockmap_links
 from kbpf.emulator.descriptor_table import DescriptorTable
 from kbpf.emulator.maps.base import refused
 from kbpf.info import LinkInfo
@@ -28,6 +28,10 @@ class LinkCommands(DescriptorTable):
                 group = self._group(target)
                 there = cgroup_links.attach(found, group, attach_type, flags, relative, revision, self)
                 return self._open(there)
+        if attach_type in sockmap_links.PLACES:
+            sockmap_links.check(found, attach_type, flags)
+            with network.current().lock:
+                return self._open(sockmap_links.attach_link(found, self.map(target), attach_type))
         if attach_type not in LINKED:
             raise OSError(errno.EOPNOTSUPP, f"the emulator does not attach programs to {attach_type} yet")
         if found.type != LINKED[attach_type]:
@@ -62,11 +66,22 @@ class LinkCommands(DescriptorTable):
     def program_attach(
         self, program: int, target: int, attach_type: str, flags: int = 0, replaced: int | None = None
     ) -> None:
-        self.program(program)
-        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
+        found = self.program(program)
+        if attach_type not in sockmap_links.PLACES:
+            raise _by_links_only(attach_type)
+        sockmap_links.check(found, attach_type, flags if replaced is None else -1)
+        with network.current().lock:
+            sockmap_links.attach(found, self.map(target), attach_type)
 
     def program_detach(self, program: int | None, target: int, attach_type: str) -> None:
-        raise OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")
+        if attach_type not in sockmap_links.PLACES:
+            raise _by_links_only(attach_type)
+        if program is None:
+            raise refused(errno.EINVAL)
+        with network.current().lock:
+            there, found = self.map(target), self.program(program)
+            sockmap_links.check(found, attach_type)
+            sockmap_links.detach(found, there, attach_type)
 
     def link_info(self, link: int) -> LinkInfo:
         return self.link(link).info
@@ -74,6 +89,8 @@ class LinkCommands(DescriptorTable):
     def program_query(self, target: int, attach_type: str) -> Attached:
         if attach_type.startswith("cgroup_"):
             return cgroup_links.query(self._group(target), attach_type)
+        if attach_type in sockmap_links.PLACES or attach_type in sockmap_links.LACKING:
+            return sockmap_links.query(self.map(target), attach_type)
         device = network.current().by_index(target)
         if device is None:
             raise refused(errno.ENODEV)
@@ -97,3 +114,7 @@ class LinkCommands(DescriptorTable):
     def interface_index(self, name: str) -> int:
         network.current().bindable(name)
         return network.current().interface(name).index
+
+
+def _by_links_only(attach_type: str) -> OSError:
+    return OSError(errno.EOPNOTSUPP, f"the emulator attaches programs by links only, not to {attach_type}")

@@ -22,6 +22,8 @@ from kbpf.uapi.constants import BPF_TCP_CLOSE, BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_R
 from kbpf.uapi.structs import STRUCTS
 
 if TYPE_CHECKING:
+    from kbpf.emulator.connection import Connection
+    from kbpf.emulator.psock import Psock
     from kbpf.emulator.socket_table import ReuseportGroup
 
 #: Counted from a socket's address: where ``struct bpf_tcp_sock`` starts, and the kernel's own structure, which is not
@@ -76,6 +78,10 @@ class Sock:
     tx_hash: int = 0
     #: When it last answered a connection with a SYN cookie, by `environment.clock`.
     syn_cookie_sent: int | None = None
+    #: Whether it is a TCP socket of the emulated network's; its connection, once there is one; what it has in maps.
+    tcp_here: bool = False
+    connection: weakref.ref[Connection] | None = field(default=None, repr=False)
+    psock: Psock | None = field(default=None, repr=False)
     #: Whether nobody has it open any more.
     closed: bool = False
     #: Options that programs have set, by level and name (see `kbpf.emulator.socket_options`), and congestion control.

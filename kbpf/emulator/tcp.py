@@ -139,6 +139,7 @@ class Listener:
             priority=own.priority,
             state=BPF_TCP_NEW_SYN_RECV,
             listener=own,
+            tcp_here=True,
         )
         child = Connection(self.layer, Binding(sock, endpoint.binding.reuseaddr, endpoint.binding.reuseport))
         child.ip, child.listener, child.slot = replace(endpoint.ip), self, self.slot

@@ -9,9 +9,9 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kbpf.emulator import cgroup_hooks, tcp_events
+from kbpf.emulator import cgroup_hooks, psock, tcp_events
 from kbpf.emulator.connection import SENDING, Connection
-from kbpf.emulator.endpoint import Option
+from kbpf.emulator.endpoint import MSG_PEEK, Option
 from kbpf.emulator.headers import IPPROTO_TCP
 from kbpf.emulator.inetsocket import AF_INET, IpOptions, PortEndpoint
 from kbpf.emulator.ports import Binding
@@ -65,6 +65,7 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
         binding = None if accepted is None else accepted.binding
         super().__init__(network, family, _SOCK_STREAM, IPPROTO_TCP, accepted=binding)
         self._rcvbuf, self._sndbuf = RCVBUF, _SNDBUF
+        self.sock.tcp_here = True
         if accepted is not None:
             self._use(accepted)
             self._ip, self.nodelay, self.slot = accepted.ip, accepted.nodelay, accepted.slot
@@ -84,6 +85,11 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
     def room(self) -> int:
         """Bytes that may wait to be read."""
         return self._rcvbuf // 2
+
+    @property
+    def writable(self) -> bool:
+        """Whether there is room to send without waiting for it (`sock_writeable`)."""
+        return self.connection is not None and len(self.connection.outgoing) < self._sndbuf // 2
 
     def woken(self) -> None:
         """Something has changed."""
@@ -249,7 +255,32 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
     def _ready(self) -> bool:
         if self.listener is not None:
             return bool(self.listener.pending)
-        return super()._ready()
+        return super()._ready() or (self.sock.psock is not None and bool(self.sock.psock.messages))
+
+    def _read(self, limit: int, flags: int) -> tuple[bytes, Any]:
+        there = self.sock.psock
+        if there is None or self.connection is None:
+            return super()._read(limit, flags)
+        with self._arrived:
+            self._open()
+            if not limit:
+                return b"", None
+            there.arrived(self.connection)
+
+            def ready() -> bool:
+                plain = not there.receives and bool(self._incoming)
+                return bool(there.messages) or plain or bool(self._error) or self._ended()
+
+            self._wait_for(ready, self._limit(flags))
+            if there.messages:
+                data = there.read(limit, peek=bool(flags & MSG_PEEK))
+                self._consumed(len(data))
+                self._signal()
+                return data, None
+            if there.receives:
+                self._raise_read_error()
+                return b"", None
+            return super()._read(limit, flags)
 
     def _ended(self) -> bool:
         connection = self.connection
@@ -328,6 +359,7 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
         if self.listener is not None:
             self._stop_listening()
         connection = self.connection
+        psock.close(self.sock)
         if connection is not None:
             connection.close(harshly=self._linger == (1, 0))
         else:

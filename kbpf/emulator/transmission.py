@@ -72,6 +72,11 @@ class Transmission:
         """It is over, and the user learns why."""
         raise NotImplementedError
 
+    @property
+    def unread(self) -> int:
+        """Bytes that wait to be read."""
+        return len(self.incoming) + (0 if self.sock.psock is None else self.sock.psock.size)
+
     # The handshake.
 
     def _start(self, flags: int) -> None:
@@ -138,7 +143,7 @@ class Transmission:
 
     def _window(self, syn: bool) -> int:
         """What the window field says; what was promised is never taken back."""
-        free = max(self.room - len(self.incoming), 0)
+        free = max(self.room - self.unread, 0)
         if syn:
             shown = min(free, _MOST_WINDOW)
             self._promised = self.rcv_nxt + shown & M32

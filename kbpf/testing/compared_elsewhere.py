@@ -56,6 +56,7 @@ HELPERS: dict[str, Elsewhere] = _table((
     (_SOCKETS, "cgroup_sockets a_program_binds_before_a_socket_connects", "bind"),
     (_SOCKETS, "maps_sockets a_socket_of_the_group_is_selected", "sk_select_reuseport"),
     (_SOCKETS, "maps_sockets_hooks a_connection_is_put_into_a_map", "sock_map_update, sock_hash_update"),
+    (_SOCKETS, "sk_skb bytes_are_redirected_in_order", "sk_redirect_map, sk_redirect_hash"),
     (_SOCKETS, "syncookies listeners_make_and_check_cookies", "tcp_gen_syncookie, tcp_check_syncookie"),
     (_SECRET, "syncookies a_cookie_says_the_segment_size", "tcp_raw_gen_syncookie_ipv4, tcp_raw_check_syncookie_ipv4"),
     (_SECRET, "syncookies a_cookie_says_the_segment_size", "tcp_raw_gen_syncookie_ipv6, tcp_raw_check_syncookie_ipv6"),
@@ -84,6 +85,7 @@ HELPERS: dict[str, Elsewhere] = _table((
 TYPES: dict[str, Elsewhere] = _table((
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "cgroup_sock, cgroup_sock_addr"),
     (_NO_TEST_RUN, "events_access what_may_be_loaded_and_stored", "sock_ops, sk_reuseport"),
+    (_NO_TEST_RUN, "sk_skb what_programs_see", "sk_skb"),
     (_KERNEL, "netfilter hooks_and_families", "netfilter"),
     (_NO_TEST_RUN, "lwt programs_of_segments_have_no_test_run", "lwt_seg6local"),
     (_NO_TEST_RUN, "cgroup_machine devices", "cgroup_device"),

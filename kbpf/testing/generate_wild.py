@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kbpf.emulator import events, helpers, test_runs
 from kbpf.emulator.attach_types import EXPECTED
@@ -52,31 +52,43 @@ class Wild(NamedTuple):
 
 def generate(rng: Random, maps: Sequence[int]) -> Wild:
     """A program of any type. `maps` are descriptors."""
-    type = rng.choice(_TYPES)
+    if rng.random() < 0.63:
+        return of_type(rng, rng.choice(_TYPES), maps)
+    type = rng.choice(generate_direct.TYPES)
+    writer = generate_direct.Writer(rng, type)
+    linked = writer.linked(writer.program())
+    program = _changed(rng, linked.pop("instructions"))
+    attach_type = ATTACH_TYPES.get(generate_direct.ATTACH_TYPES.get(type, ""), 0)
+    return _made(rng, type, attach_type, program, linked or _described(program), tuple(writer.names))
+
+
+def of_type(rng: Random, type: str, maps: Sequence[int]) -> Wild:
+    """A program of this type, of one of the first three kinds."""
     attach_type = rng.choice(ATTACH_TYPES_OF[type])
-    names: tuple[str, ...] = ()
-    extra = {}
     dice = rng.random()
-    if dice < 0.35:
+    if dice < 0.55:
         program = _instructions(rng, type, _callable(type, attach_type), maps)
-    elif dice < 0.6:
+    elif dice < 0.95:
         program = _calls(rng, _callable(type, attach_type), maps)
-    elif dice < 0.63:
-        program = [*ebpf.decode(rng.randbytes(8 * rng.randrange(1, 6))), _EXIT]
     else:
-        type = rng.choice(generate_direct.TYPES)
-        writer = generate_direct.Writer(rng, type)
-        linked = writer.linked(writer.program())
-        program, names = _changed(rng, linked.pop("instructions")), tuple(writer.names)
-        extra, attach_type = linked, ATTACH_TYPES.get(generate_direct.ATTACH_TYPES.get(type, ""), 0)
-    if not extra:
-        extra = _described(program)
+        program = [*ebpf.decode(rng.randbytes(8 * rng.randrange(1, 6))), _EXIT]
+    return _made(rng, type, attach_type, program, _described(program))
+
+
+def _made(
+    rng: Random,
+    type: str,
+    attach_type: int,
+    program: Sequence[Instruction],
+    described: dict[str, Any],
+    names: tuple[str, ...] = (),
+) -> Wild:
     spec = ProgramSpec(
         type=type,
         instructions=tuple(program),
         expected_attach_type=attach_type,
         flags=BPF_F_SLEEPABLE if type == "syscall" else 0,
-        **extra,
+        **described,
     )
     data, context = run(rng, type)
     return Wild(spec, names, data, context)

@@ -12,7 +12,7 @@ from kbpf.emulator.backend import EmulatorBackend
 from kbpf.emulator.environment import environment
 from kbpf.testing.network import NetworkNamespace
 
-pytest.register_assert_rewrite("hosts")
+pytest.register_assert_rewrite("hosts", "sockmaps")
 
 
 @pytest.fixture

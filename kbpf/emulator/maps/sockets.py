@@ -10,13 +10,19 @@ import errno
 import socket
 import struct
 import sys
+import weakref
+from typing import TYPE_CHECKING
 
+from kbpf.emulator import psock
 from kbpf.emulator.maps.base import MAPS, Map, refused
 from kbpf.emulator.maps.descriptors import number
 from kbpf.emulator.process_sock import sock_of
 from kbpf.emulator.sock import Sock
 from kbpf.errors import ENOTSUPP
 from kbpf.uapi import constants as uapi
+
+if TYPE_CHECKING:
+    from kbpf.emulator.links import Link
 
 _MOST_DESCRIPTOR = 0x7FFFFFFF
 #: What a key of a sockhash may take (MAX_BPF_STACK), and how many buckets there may be.
@@ -82,18 +88,32 @@ def _next_index(key: bytes | None, count: int) -> bytes:
 
 
 class SocketMap(SocketHolder):
-    """Sockets that programs find, and redirect to."""
+    """Sockets that programs find, and redirect to; with programs for what they receive (`kbpf.emulator.psock`)."""
+
+    def allocate(self) -> None:
+        super().allocate()
+        self.programs = psock.Programs()
+        #: Links that have put programs there, by attach type.
+        self.program_links: dict[str, Link] = {}
+        weakref.finalize(self, _emptied, self._socks, self.programs).atexit = False
+
+    def abandoned(self) -> None:
+        super().abandoned()
+        self.programs.clear()
 
     def store(self, key: bytes, value: bytes, flags: int) -> None:
         descriptor = number(value)
         if descriptor > _MOST_DESCRIPTOR:
             raise refused(errno.EINVAL)
-        self.put(key, sock_of(descriptor), flags)
+        self._put(key, sock_of(descriptor), flags)
 
     def put(self, key: bytes, sock: Sock, flags: int) -> None:
-        """Put a socket in; raises what the update does."""
+        """Put a socket in that a program has; raises what the update does."""
         if not sock.full:
             raise refused(errno.EINVAL)
+        self._put(key, sock, flags)
+
+    def _put(self, key: bytes, sock: Sock, flags: int) -> None:
         if not _takes_part(sock):
             raise refused(errno.EOPNOTSUPP)
         self.link(key, sock, flags)
@@ -105,15 +125,36 @@ class SocketMap(SocketHolder):
         self.check_index(key)
         if _held_by(sock, ReuseportSockArray):
             raise refused(errno.EBUSY)
-        self.check_key(key, flags)
-        self.check_room(key)
+        joined = psock.join(sock, self.programs)
+        try:
+            self.check_key(key, flags)
+            self.check_room(key)
+        except OSError:
+            if joined is not None:
+                joined.settle()
+            raise
+        if joined is not None:
+            joined.links.append((self.programs, key))
+        before = self._socks.get(key)
         self._socks[key] = sock
+        if before is not None:
+            psock.leave(before, self.programs, key)
+
+    def take_out(self, key: bytes) -> None:
+        """Take out the socket that is at the key."""
+        psock.leave(self._socks.pop(key), self.programs, key)
 
     def check_index(self, key: bytes) -> None:
         """Raise what an update does for a key that no element can have."""
 
     def check_room(self, key: bytes) -> None:
         """Raise what an update does where there is no room for one more."""
+
+
+def _emptied(socks: dict[bytes, Sock], programs: psock.Programs) -> None:
+    """The map is gone."""
+    for key, sock in socks.items():
+        psock.leave(sock, programs, key)
 
 
 def _takes_part(sock: Sock) -> bool:
@@ -151,7 +192,7 @@ class SockMap(SocketMap):
     def remove(self, key: bytes) -> None:
         if self.sock_at(key) is None:
             raise refused(errno.EINVAL)
-        del self._socks[key]
+        self.take_out(key)
 
     def following(self, key: bytes | None) -> bytes:
         return _next_index(key, self.max_entries)
@@ -178,7 +219,7 @@ class SockHash(SocketMap):
     def remove(self, key: bytes) -> None:
         if self.sock_at(key) is None:
             raise refused(errno.ENOENT)
-        del self._socks[key]
+        self.take_out(key)
 
     def following(self, key: bytes | None) -> bytes:
         keys = self.keys()
