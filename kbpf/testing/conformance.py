@@ -103,9 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     # The suite has given an empty argument for memory, and for options, where there are none.
     options = parser.parse_args([each for each in (sys.argv[1:] if arguments is None else arguments) if each])
     try:
+        # Python has none where the descriptor is closed.
+        if sys.stdin is None:
+            raise ValueError("the program is read from standard input, which is closed")
         program, memory = bytes.fromhex(sys.stdin.read()), bytes.fromhex(options.memory)
         print(f"{run(program, memory, 'jit' if options.jit else 'interpreter'):x}")
-    except (ValueError, EmulationFault, KbpfError) as error:
+    except (ValueError, OSError, EmulationFault, KbpfError) as error:
         print(f"kbpf-conformance: {error}", file=sys.stderr)
         return 1
     return 0

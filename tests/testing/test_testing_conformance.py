@@ -205,3 +205,13 @@ def test_errors_are_a_line_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("sys.stdin", io.StringIO("95 00"))
     assert conformance.main([]) == 1
     assert capsys.readouterr().err.startswith("kbpf-conformance: ")
+
+
+@pytest.mark.parametrize(("closed", "words"), [("<&-", "is closed"), ("0>/dev/null", "Bad file descriptor")])
+def test_standard_input_that_cannot_be_read_is_a_line(closed: str, words: str) -> None:
+    command = ["sh", "-c", f'exec "$0" -m kbpf.testing.conformance {closed}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kbpf-conformance: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
