@@ -24,6 +24,8 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _MADV_POPULATE_READ = 22
 #: Bytes that are read at a time.
 PIECE = 1 << 22
+#: Bytes of a mapped file that are looked at together before they are touched.
+SLICE = 1 << 20
 
 
 class _Rest:
@@ -57,6 +59,8 @@ class Windows:
         self.base, self.final = 0, False
         self.buffer: Any = b""
         self._mapped: mmap.mmap | None = None
+        #: A part of a mapped file that was read, and where it begins.
+        self._part, self._part_at = b"", 0
         self._owned = False
         if isinstance(source, (str, os.PathLike)):
             self._owned = os.fspath(source) != "-"
@@ -90,19 +94,39 @@ class Windows:
         except (OSError, ValueError):
             return self.base + len(self.buffer)
 
-    def populate(self, position: int, size: int) -> None:
+    def populate(self, position: int, size: int) -> int:
         """Have the pages of a mapped file ready, all at once rather than one by one when they are touched.
 
-        Raises `CaptureError` where somebody has cut the file off meanwhile: pages behind its end may not be touched.
+        Returns where what may be touched then ends: behind `size` bytes, or where the buffer does. Raises
+        `CaptureError` where somebody has cut the file off meanwhile: pages behind its end may not be touched.
         """
+        end = min(position + size, len(self.buffer))
         if self._mapped is not None:
             start = position - position % mmap.PAGESIZE
+            shorter = os.fstat(self._file.fileno()).st_size < end
             try:
                 # Linux 5.14.
-                self._mapped.madvise(_MADV_POPULATE_READ, start, min(size + mmap.PAGESIZE, self.size - start))
+                self._mapped.madvise(_MADV_POPULATE_READ, start, end - start)
             except OSError as error:
-                if error.errno == errno.EFAULT:
-                    raise CaptureError("the file has become shorter while it was read", position) from None
+                shorter |= error.errno == errno.EFAULT
+            if shorter:
+                raise CaptureError("the file has become shorter while it was read", position)
+        return end
+
+    def copy(self, position: int, size: int) -> bytes:
+        """`size` bytes of the buffer, fewer at its end. Raises `CaptureError` as `populate` does.
+
+        Mapped memory is not touched for it: it is not known how long ago somebody has looked at it.
+        """
+        if self._mapped is None:
+            return bytes(self.buffer[position : position + size])
+        size = min(size, len(self.buffer) - position)
+        start = position - self._part_at
+        if start < 0 or start + size > len(self._part):
+            self._part, self._part_at, start = os.pread(self._file.fileno(), max(size, SLICE), position), position, 0
+            if len(self._part) < size:
+                raise CaptureError("the file has become shorter while it was read", position)
+        return self._part[start : start + size]
 
     def more(self, position: int) -> None:
         """Drop what lies before `position` of the buffer, and read on; raises `CaptureError` for bad compression."""

@@ -18,7 +18,7 @@ from kbpf.errors import FilterError, KbpfError
 from kbpf.pcapfile import pcap, pcapng
 from kbpf.pcapfile.records import CaptureError, Interface, Record
 from kbpf.pcapfile.stream import MAX_RECORD, Stream
-from kbpf.pcapfile.windows import Windows
+from kbpf.pcapfile.windows import SLICE, Windows
 
 if TYPE_CHECKING:
     from kbpf.backend import Engine
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _ETHERNET = 1
 #: Packets that a program runs over at a time.
 _AT_ONCE = 4096
-#: Bytes that native code goes through before Python looks again: it tells the progress, and takes signals.
-_SLICE = 1 << 20
 #: Spans that are noted before they are written.
 _SPANS = 1 << 15
 _COPIED = 1 << 20
@@ -39,13 +37,13 @@ _MEAN_PACKET, _ENDLESS = 200, 1 << 40
 
 
 class _View:
-    """A file over a part of a buffer."""
+    """A file over what is at hand of another one, from a position on."""
 
-    def __init__(self, buffer: Any, position: int) -> None:
-        self._buffer, self._position = buffer, position
+    def __init__(self, windows: Windows, position: int) -> None:
+        self._windows, self._position = windows, position
 
     def read(self, size: int) -> bytes:
-        data = bytes(self._buffer[self._position : self._position + size])
+        data = self._windows.copy(self._position, size)
         self._position += len(data)
         return data
 
@@ -145,21 +143,20 @@ class Scanner:
 
     def _file(self, source: str | os.PathLike[str] | BinaryIO, output: Output) -> None:
         with Windows(source) as windows:
-            view = _View(windows.buffer, 0)
-            stream = Stream(view)
+            stream = Stream(_View(windows, 0))
             magic = stream.read_up_to(4)
             format: _Pcap | _Pcapng
             if magic == pcapng.MAGIC:
-                format = _Pcapng(stream)
+                format, stream = _pcapng(windows)
             elif len(magic) == 4 and pcap.byte_order(magic):
                 format = _Pcap(stream, magic)
             else:
                 raise CaptureError(f"this is no pcap or pcapng file: it begins with {magic.hex() or 'nothing'}", 0)
-            output.begin(format.kind, bytes(windows.buffer[: format.start]))
+            output.begin(format.kind, windows.copy(0, format.start))
             kind = _Walk if self._program is None else _ProgramWalk
             walk = kind(self, windows, format, output, format.start or stream.offset)
             if not format.start:
-                output.span(windows.buffer, 0, stream.offset)
+                output.span(windows, 0, stream.offset)
             try:
                 walk.run()
             finally:
@@ -206,6 +203,8 @@ class _Walk:
         self._spans = (ctypes.c_uint64 * (2 * _SPANS))() if output.wanted else None
         self._count = 0
         self._ways: Any = None
+        #: Bytes that native code goes through before Python looks again: it tells the progress, and takes signals.
+        self._slice = SLICE
 
     def run(self) -> None:
         windows = self._windows
@@ -250,11 +249,11 @@ class _Walk:
 
     def _native(self) -> int:
         buffer, format = self._windows.buffer, self._format
-        self._windows.populate(self._position, _SLICE)
+        end = self._windows.populate(self._position, self._slice)
         scan = Scan(
             position=self._position,
-            end=len(buffer),
-            until=min(self._position + _SLICE, len(buffer)),
+            end=end,
+            until=end,
             packets=0,
             matched=0,
             spans=ctypes.addressof(self._spans) if self._spans is not None else 0,
@@ -269,7 +268,12 @@ class _Walk:
             why = run(ctypes.addressof(scan), base, self._ways, swapped, format.record_header)
         self._scanner.packets += scan.packets
         self._scanner.matched += scan.matched
-        self._position, self._count = scan.position, scan.count
+        moved, self._position, self._count = scan.position > self._position, scan.position, scan.count
+        if why == INCOMPLETE and end < len(buffer):
+            # What is incomplete goes on behind what was looked at.
+            self._slice = SLICE if moved else 2 * self._slice
+            return REACHED
+        self._slice = SLICE
         # At the end of what is at hand Python looks whether more comes.
         return int(INCOMPLETE if why == REACHED and self._position == len(buffer) else why)
 
@@ -300,14 +304,13 @@ class _Walk:
         What has been noted is written first, where more of the file must be brought for that.
         """
         windows = self._windows
-        stream = Stream(_View(windows.buffer, self._position))
+        stream = Stream(_View(windows, self._position))
         stream.offset = before = windows.base + self._position
         try:
             record = self._format.read(stream)
         except CaptureError:
-            if windows.final or len(windows.buffer) - self._position > 2 * MAX_RECORD:
+            if not _cut_off(windows, stream, self._position):
                 raise
-            # It may be only cut off by the end of what is at hand.
             self._refill()
             return self._read()
         if stream.offset == before:
@@ -330,7 +333,7 @@ class _Walk:
         """Write what has been noted."""
         if self._count and self._spans is not None:
             copy = self._output.gathered_spans if self._scanner.in_native_code else self._output.spans
-            copy(self._windows.buffer, self._spans, self._count)
+            copy(self._windows, self._spans, self._count)
         self._count = 0
 
 
@@ -367,6 +370,25 @@ class _ProgramWalk(_Walk):
         if waiting:
             self._tell()
         super().write()
+
+
+def _pcapng(windows: Windows) -> tuple[_Pcapng, Stream]:
+    """A pcapng file that was read up to the end of its first section header, however long that is."""
+    while True:
+        stream = Stream(_View(windows, 0))
+        stream.skip(len(pcapng.MAGIC), "the section header")
+        try:
+            return _Pcapng(stream), stream
+        except CaptureError:
+            if not _cut_off(windows, stream):
+                raise
+        windows.more(0)
+
+
+def _cut_off(windows: Windows, stream: Stream, position: int = 0) -> bool:
+    """Whether what was read from a position on may have been bad only as the end of what is at hand cut it off."""
+    at_hand = len(windows.buffer)
+    return not windows.final and stream.offset == windows.base + at_hand and at_hand - position <= 2 * MAX_RECORD
 
 
 class Output:
@@ -422,28 +444,28 @@ class Output:
         elif kind != self._kind and self._file is not None:
             raise KbpfError(f"the captures are of different kinds: {_words(self._kind)}, and {_words(kind)}")
 
-    def span(self, buffer: Any, start: int, end: int) -> None:
-        self._put(memoryview(buffer)[start:end])
+    def span(self, windows: Windows, start: int, end: int) -> None:
+        self._put(windows.copy(start, end - start))
 
-    def spans(self, buffer: Any, spans: Any, count: int) -> None:
-        """Copy what lies between `count` pairs of offsets of a buffer."""
+    def spans(self, windows: Windows, spans: Any, count: int) -> None:
+        """Copy what lies between `count` pairs of offsets of what is at hand."""
         part = bytearray()
-        with memoryview(buffer) as view:
-            for start, end in zip(spans[: 2 * count : 2], spans[1 : 2 * count : 2], strict=True):
-                with view[start:end] as span:
-                    part += span
-                if len(part) >= _COPIED:
-                    self._put(part)
-                    part.clear()
+        for start, end in zip(spans[: 2 * count : 2], spans[1 : 2 * count : 2], strict=True):
+            part += windows.copy(start, end - start)
+            if len(part) >= _COPIED:
+                self._put(part)
+                part.clear()
         self._put(part)
 
-    def gathered_spans(self, buffer: Any, spans: Any, count: int) -> None:
+    def gathered_spans(self, windows: Windows, spans: Any, count: int) -> None:
         """`spans` in native code."""
-        room, used = bytearray(_COPIED), ctypes.c_uint64()
+        buffer, room, used = windows.buffer, bytearray(_COPIED), ctypes.c_uint64()
         done = 0
         with read_address(buffer) as base, memoryview(buffer) as view, memoryview(room) as copied:
             to = (ctypes.c_char * _COPIED).from_buffer(room)
             while done < count:
+                # Writing may have taken long.
+                windows.populate(spans[2 * done], spans[2 * count - 1] - spans[2 * done])
                 following = gather()(base, spans, done, count, to, _COPIED, ctypes.byref(used))
                 if following == done:
                     with view[spans[2 * done] : spans[2 * done + 1]] as long:
@@ -457,14 +479,14 @@ class Output:
     def append(self, path: str) -> None:
         """Write what is in another such file behind what is here."""
         with Windows(path) as windows:
-            stream = Stream(_View(windows.buffer, 0))
+            stream = Stream(_View(windows, 0))
             magic = stream.read_up_to(4)
             if magic == pcapng.MAGIC:
                 self.begin(_Pcapng.kind, b"")
                 self._put(windows.buffer)
             else:
                 format = _Pcap(stream, magic)
-                self.begin(format.kind, bytes(windows.buffer[: format.start]))
+                self.begin(format.kind, windows.copy(0, format.start))
                 with memoryview(windows.buffer) as view, view[format.start :] as rest:
                     self._put(rest)
 

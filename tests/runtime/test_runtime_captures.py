@@ -11,6 +11,7 @@ import select
 import stat
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -374,6 +375,69 @@ def test_a_file_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
         os.truncate(path, 100)
         with pytest.raises(CaptureError, match="shorter"):
             windows.populate(1 << 20, 1 << 20)
+
+
+#: Goes through a file that is cut off to two of its eight megabytes when the filter is asked for, by when it is mapped.
+CUT_OFF = """
+import os, sys, kbpf
+from kbpf.pcapfile import CaptureError
+from kbpf.runtime.scanning import Output, Scanner
+
+engine, path, out = sys.argv[1:]
+
+def filter_of(dlt):
+    os.truncate(path, 2 << 20)
+    return kbpf.compile("ether[0] = 1 or ether[5000000] = 0")
+
+with Output(out) as output, Scanner(filter_of, engine) as scanner:
+    try:
+        scanner.file(path, output)
+    except CaptureError as error:
+        print(scanner.packets, error)
+"""
+
+
+@ENGINES
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("long", [True, False])
+def test_a_record_that_is_cut_off_meanwhile_is_an_error(
+    engine: Engine, before: int, long: bool, tmp_path: Path
+) -> None:
+    """However far it goes beyond what has been looked at; those before are there."""
+    small, large = bytes([1]) + bytes(59), bytes(8 << 20)
+    records = [small] * before + ([large] if long else [small] * (8 << 14))
+    path, out = tmp_path / "in", tmp_path / "out"
+    with PcapWriter(path, snaplen=len(large)) as writer:
+        for data in records:
+            writer.write(data)
+    header = path.read_bytes()[:24]
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, engine, path, out], capture_output=True, text=True, check=True
+    )
+    count, words = done.stdout.split(maxsplit=1)
+    assert "shorter" in words
+    assert int(count) == before if long else before < int(count) <= (2 << 20) // 76
+    assert out.read_bytes()[:100] == (header + path.read_bytes()[24:])[:100]
+    assert len(out.read_bytes()) == 24 + 76 * int(count)
+
+
+@ENGINES
+@pytest.mark.parametrize("size", [5 << 20, 9 << 20])
+def test_a_section_header_may_be_longer_than_what_is_read_at_a_time(engine: Engine, size: int, tmp_path: Path) -> None:
+    """However the file is read; and so it is where the header is cut off."""
+    head = block("<", 0x0A0D0D0A, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1) + bytes(size))
+    whole = head + interface("<") + 3 * enhanced("<", bytes(60), 60)
+    path, packed, out = (tmp_path / name for name in ("in", "in.gz", "out"))
+    for data, words in ((whole, None), (whole[: size - 100], "ends within the section header")):
+        path.write_bytes(data)
+        packed.write_bytes(gzip.compress(data, 1))
+        for source in (path, packed, io.BytesIO(data)):
+            if words is None:
+                assert run_capture("len = 60", source, write=out, engine=engine).matched == 3
+                assert out.read_bytes() == data
+            else:
+                with pytest.raises(CaptureError, match=words):
+                    run_capture("", source, engine=engine)
 
 
 @ENGINES
