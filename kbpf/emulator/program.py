@@ -268,7 +268,7 @@ def _claim(programs: ProgArray, type: str) -> None:
 
 
 def _tag(spec: ProgramSpec) -> bytes:
-    """A digest of the instructions without what differs from load to load."""
+    """A digest of the instructions without what differs from load to load: SHA-256 since Linux 6.18, SHA-1 before."""
     plain, after_map = [], False
     for instruction in spec.instructions:
         refers = instruction.opcode == ebpf.LD_IMM64 and instruction.src in _REFERENCES

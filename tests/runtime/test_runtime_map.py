@@ -11,6 +11,7 @@ import pytest
 
 import kbpf
 from kbpf.runtime.backends import get_backend
+from kbpf.testing.requirements import available
 from kbpf.types import Int, Member, Struct
 from kbpf.uapi.constants import BPF_F_RDONLY, BPF_F_WRONLY
 
@@ -229,7 +230,10 @@ def test_a_map_is_opened_for_reading_or_writing_alone(backend, by, tmp_path):
             types = {"key": "I", "value": "I", "backend": backend}
             with kbpf.Map.open(**{by: how}, flags=BPF_F_RDONLY, **types) as reader:
                 assert (reader[1], reader.snapshot()) == (5, {1: 5})
-                for write in (lambda: reader.update({1: 6}), lambda: reader.pop(1), reader.clear, reader.freeze):
+                writes = [lambda: reader.update({1: 6}), lambda: reader.pop(1), reader.clear]
+                if backend == "emulator" or available("linux-6.5"):
+                    writes.append(reader.freeze)  # Before, whoever had the map could.
+                for write in writes:
                     with pytest.raises(kbpf.PermissionDeniedError, match="read-only"):
                         write()
             with kbpf.Map.open(**{by: how}, flags=BPF_F_WRONLY, **types) as writer:

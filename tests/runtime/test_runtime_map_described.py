@@ -43,7 +43,11 @@ def test_hashes(backend: str, type: str, key: Any, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "type", ["array", "percpu_array", "sk_storage", "inode_storage", "task_storage", "cgrp_storage"]
+    "type",
+    [
+        *("array", "percpu_array", "sk_storage", "inode_storage", "task_storage"),
+        pytest.param("cgrp_storage", marks=pytest.mark.requires("linux-6.2")),
+    ],
 )
 def test_keys_that_are_numbers_need_not_be_said(backend: str, type: str) -> None:
     with made(type, backend, value=Counts) as map, kbpf.BpfMap.open(id=map.id, backend=backend) as opened:

@@ -18,6 +18,7 @@ import pytest
 import kbpf
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
+from kbpf.kernel.features import MAPS
 from kbpf.runtime.backends import get_backend
 from kbpf.runtime.maps.base import as_created
 from kbpf.runtime.maps.unmade import reasons
@@ -80,7 +81,13 @@ def test_a_map_that_cannot_be_says_what_is_wrong(backend, spec, why):
     assert refused.value.errno == errno.EINVAL
 
 
-@pytest.mark.parametrize("type", sorted(MAP_TYPES))
+@pytest.mark.parametrize(
+    "type",
+    [
+        pytest.param(type, marks=[pytest.mark.requires(f"linux-{MAPS[type].since}")] if type in MAPS else [])
+        for type in sorted(MAP_TYPES)
+    ],
+)
 def test_no_reason_is_found_in_what_the_kernel_makes(backend, type):
     """Of the sizes that a type may have, all that it takes are without a reason."""
     btf = BtfBytes()
