@@ -102,16 +102,20 @@ class Windows:
         """
         end = min(position + size, len(self.buffer))
         if self._mapped is not None:
+            self.check(position, end)
             start = position - position % mmap.PAGESIZE
-            shorter = os.fstat(self._file.fileno()).st_size < end
             try:
                 # Linux 5.14.
                 self._mapped.madvise(_MADV_POPULATE_READ, start, end - start)
             except OSError as error:
-                shorter |= error.errno == errno.EFAULT
-            if shorter:
-                raise CaptureError("the file has become shorter while it was read", position)
+                if error.errno == errno.EFAULT:
+                    raise _shorter(position) from None
         return end
+
+    def check(self, position: int, end: int) -> None:
+        """Raise `CaptureError` where a mapped file does not go on to `end` any longer."""
+        if self._mapped is not None and os.fstat(self._file.fileno()).st_size < end:
+            raise _shorter(position)
 
     def copy(self, position: int, size: int) -> bytes:
         """`size` bytes of the buffer, fewer at its end. Raises `CaptureError` as `populate` does.
@@ -125,7 +129,7 @@ class Windows:
         if start < 0 or start + size > len(self._part):
             self._part, self._part_at, start = os.pread(self._file.fileno(), max(size, SLICE), position), position, 0
             if len(self._part) < size:
-                raise CaptureError("the file has become shorter while it was read", position)
+                raise _shorter(position)
         return self._part[start : start + size]
 
     def more(self, position: int) -> None:
@@ -156,6 +160,10 @@ class Windows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shorter(position: int) -> CaptureError:
+    return CaptureError("the file has become shorter while it was read", position)
 
 
 def _size(file: Any) -> int:

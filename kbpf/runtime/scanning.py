@@ -465,7 +465,7 @@ class Output:
             to = (ctypes.c_char * _COPIED).from_buffer(room)
             while done < count:
                 # Writing may have taken long.
-                windows.populate(spans[2 * done], spans[2 * count - 1] - spans[2 * done])
+                windows.check(spans[2 * done], spans[2 * count - 1])
                 following = gather()(base, spans, done, count, to, _COPIED, ctypes.byref(used))
                 if following == done:
                     with view[spans[2 * done] : spans[2 * done + 1]] as long:
