@@ -12,7 +12,7 @@ COMPILE := $(BIN)/python -m compileall -q kbpf
 TEST_PACKAGES := clang llvm libbpf-dev python3-bpfcc linux-headers-$(shell dpkg --print-architecture 2>/dev/null) \
 	tcpdump iproute2 bpftool
 
-.PHONY: demo test lint format objects fuzz bench clean
+.PHONY: demo test test-older lint format objects fuzz bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	tools/debian-packages $(TEST_PACKAGES)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-older: .venv/installed-dev
+	tools/older-kernel $(PYTEST_ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
