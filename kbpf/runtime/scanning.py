@@ -403,7 +403,9 @@ class Output:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._file: BinaryIO | None = None
+        #: The name that it has before its own, and whether it has not even that before it is whole.
         self._unfinished: Path | None = None
+        self._nameless = False
         self._kind: tuple[object, ...] | None = None
 
     @property
@@ -416,7 +418,10 @@ class Output:
         if is_file(self._path):
             self._path = self._path.resolve()
             self._unfinished = hidden(self._path, self)
-            self._file = self._unfinished.open("xb", buffering=0)
+            self._file = _nameless(self._path.parent)
+            self._nameless = self._file is not None
+            if self._file is None:
+                self._file = self._unfinished.open("xb", buffering=0)
         elif str(self._path) == "-":
             sys.stdout.flush()
             self._file = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
@@ -429,9 +434,12 @@ class Output:
     ) -> None:
         if self._file is None:
             return
-        self._file.close()
+        whole = kind is None and self._kind is not None
+        with self._file as file:
+            if self._nameless and self._unfinished is not None and whole:
+                _link(file, self._unfinished)
         if self._unfinished is not None and self._path is not None:
-            if kind is None and self._kind is not None:
+            if whole:
                 self._unfinished.replace(self._path)
             else:
                 self._unfinished.unlink(missing_ok=True)
@@ -502,6 +510,24 @@ class Output:
                     except OSError as error:
                         error.filename = str(self._path)
                         raise
+
+
+def _nameless(directory: Path) -> BinaryIO | None:
+    """A new file that has no name, and is gone with who writes it (Linux 3.11); None where that cannot be."""
+    try:
+        file = os.fdopen(os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb", buffering=0)
+    except OSError:
+        return None
+    if not Path(f"/proc/self/fd/{file.fileno()}").exists():
+        # It could not be given a name.
+        file.close()
+        return None
+    return file
+
+
+def _link(file: BinaryIO, path: Path) -> None:
+    """Give it a name. Without a descriptor of a directory, Python calls link(2), which does not follow links."""
+    os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
 
 
 def is_file(path: Path) -> bool:

@@ -440,6 +440,45 @@ def test_a_section_header_may_be_longer_than_what_is_read_at_a_time(engine: Engi
                     run_capture("", source, engine=engine)
 
 
+#: Writes a match, and waits to be killed.
+WAITING = """
+import sys, time, kbpf
+from kbpf.runtime.scanning import Output, Scanner
+
+with Output(sys.argv[2]) as output, Scanner(lambda dlt: kbpf.compile(""), "interpreter") as scanner:
+    scanner.file(sys.argv[1], output)
+    print("written", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_what_is_killed_leaves_no_file(tmp_path: Path) -> None:
+    """Nor does it replace one; on file systems that have files without a name, as those of tests do."""
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(FILES["pcap"])
+    out.write_bytes(b"before")
+    with subprocess.Popen([sys.executable, "-c", WAITING, path, out], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        process.kill()
+    assert sorted(tmp_path.iterdir()) == [path, out]
+    assert out.read_bytes() == b"before"
+
+
+def test_where_every_file_has_a_name_it_is_hidden_until_it_is_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_bytes(FILES["pcap"])
+    seen: list[Path] = []
+    result = run_capture("", path, write=out, progress=lambda _: seen.extend(tmp_path.iterdir()))
+    assert any(name.name.startswith(".out.") for name in seen)
+    assert result.packets == 300
+    assert sorted(tmp_path.iterdir()) == [path, out]
+    assert out.read_bytes() == FILES["pcap"]
+
+
 @ENGINES
 def test_what_is_no_regular_file_is_written_to_and_links_stay(engine: Engine, tmp_path: Path) -> None:
     path, fifo, link, target = (tmp_path / name for name in ("in", "fifo", "link", "target"))
