@@ -16,8 +16,9 @@ from kbpf.emulator.jit.buffers import read_address
 from kbpf.emulator.jit.scan import FAULTED, FULL, INCOMPLETE, PYTHONS, REACHED, Scan, Way, gather, loop
 from kbpf.errors import FilterError, KbpfError
 from kbpf.pcapfile import pcap, pcapng
-from kbpf.pcapfile.records import CaptureError, Interface, Record
-from kbpf.pcapfile.stream import MAX_RECORD, Stream
+from kbpf.pcapfile.headers import Pcap, Pcapng, View, cut_off, first_section
+from kbpf.pcapfile.records import CaptureError, Record
+from kbpf.pcapfile.stream import Stream
 from kbpf.pcapfile.windows import SLICE, Windows
 
 if TYPE_CHECKING:
@@ -34,61 +35,6 @@ _SPANS = 1 << 15
 _COPIED = 1 << 20
 #: What a packet takes on the average, about, and the work where a file's size is not known.
 _MEAN_PACKET, _ENDLESS = 200, 1 << 40
-
-
-class _View:
-    """A file over what is at hand of another one, from a position on."""
-
-    def __init__(self, windows: Windows, position: int) -> None:
-        self._windows, self._position = windows, position
-
-    def read(self, size: int) -> bytes:
-        data = self._windows.copy(self._position, size)
-        self._position += len(data)
-        return data
-
-
-class _Pcap:
-    """A pcap file as far as its header."""
-
-    name = "pcap"
-
-    def __init__(self, stream: Stream, magic: bytes) -> None:
-        self._header = header = pcap.read_header(stream, magic)
-        self.interfaces = [header.interface]
-        self.first = 0
-        self.order, self.record_header = header.order, header.record.size
-        #: Where the records begin, and what files must have in common to be written into one.
-        self.start = stream.offset
-        self.kind = ("pcap", header.order, header.record.size, header.interface.dlt, header.interface.ticks)
-
-    def read(self, stream: Stream) -> Record | None:
-        return pcap.read_record(stream, self._header)
-
-
-class _Pcapng:
-    """A pcapng file as far as its first section header. All of it is copied but packets that do not match."""
-
-    name = "pcapng"
-    record_header = 0
-    start = 0
-    kind = ("pcapng",)
-
-    def __init__(self, stream: Stream) -> None:
-        self.interfaces: list[Interface] = []
-        self._blocks = pcapng.Blocks(stream, self.interfaces)
-
-    @property
-    def first(self) -> int:
-        return self._blocks.first
-
-    @property
-    def order(self) -> str:
-        return self._blocks.order
-
-    def read(self, stream: Stream) -> Record | None:
-        self._blocks.stream = stream
-        return self._blocks.read()
 
 
 class _Runner(NamedTuple):
@@ -143,13 +89,13 @@ class Scanner:
 
     def _file(self, source: str | os.PathLike[str] | BinaryIO, output: Output) -> None:
         with Windows(source) as windows:
-            stream = Stream(_View(windows, 0))
+            stream = Stream(View(windows, 0))
             magic = stream.read_up_to(4)
-            format: _Pcap | _Pcapng
+            format: Pcap | Pcapng
             if magic == pcapng.MAGIC:
-                format, stream = _pcapng(windows)
+                format, stream = first_section(windows)
             elif len(magic) == 4 and pcap.byte_order(magic):
-                format = _Pcap(stream, magic)
+                format = Pcap(stream, magic)
             else:
                 raise CaptureError(f"this is no pcap or pcapng file: it begins with {magic.hex() or 'nothing'}", 0)
             output.begin(format.kind, windows.copy(0, format.start))
@@ -195,7 +141,7 @@ class _Walk:
     """The way through one file."""
 
     def __init__(
-        self, scanner: Scanner, windows: Windows, format: _Pcap | _Pcapng, output: Output, position: int
+        self, scanner: Scanner, windows: Windows, format: Pcap | Pcapng, output: Output, position: int
     ) -> None:
         self._scanner, self._windows, self._format, self._output = scanner, windows, format, output
         self._position = position
@@ -304,12 +250,12 @@ class _Walk:
         What has been noted is written first, where more of the file must be brought for that.
         """
         windows = self._windows
-        stream = Stream(_View(windows, self._position))
+        stream = Stream(View(windows, self._position))
         stream.offset = before = windows.base + self._position
         try:
             record = self._format.read(stream)
         except CaptureError:
-            if not _cut_off(windows, stream, self._position):
+            if not cut_off(windows, stream, self._position):
                 raise
             self._refill()
             return self._read()
@@ -370,25 +316,6 @@ class _ProgramWalk(_Walk):
         if waiting:
             self._tell()
         super().write()
-
-
-def _pcapng(windows: Windows) -> tuple[_Pcapng, Stream]:
-    """A pcapng file that was read up to the end of its first section header, however long that is."""
-    while True:
-        stream = Stream(_View(windows, 0))
-        stream.skip(len(pcapng.MAGIC), "the section header")
-        try:
-            return _Pcapng(stream), stream
-        except CaptureError:
-            if not _cut_off(windows, stream):
-                raise
-        windows.more(0)
-
-
-def _cut_off(windows: Windows, stream: Stream, position: int = 0) -> bool:
-    """Whether what was read from a position on may have been bad only as the end of what is at hand cut it off."""
-    at_hand = len(windows.buffer)
-    return not windows.final and stream.offset == windows.base + at_hand and at_hand - position <= 2 * MAX_RECORD
 
 
 class Output:
@@ -487,13 +414,13 @@ class Output:
     def append(self, path: str) -> None:
         """Write what is in another such file behind what is here."""
         with Windows(path) as windows:
-            stream = Stream(_View(windows, 0))
+            stream = Stream(View(windows, 0))
             magic = stream.read_up_to(4)
             if magic == pcapng.MAGIC:
-                self.begin(_Pcapng.kind, b"")
+                self.begin(Pcapng.kind, b"")
                 self._put(windows.buffer)
             else:
-                format = _Pcap(stream, magic)
+                format = Pcap(stream, magic)
                 self.begin(format.kind, windows.copy(0, format.start))
                 with memoryview(windows.buffer) as view, view[format.start :] as rest:
                     self._put(rest)
