@@ -12,6 +12,7 @@ from kbpf.emulator import (
     cgroup_machine,
     cgroup_sock,
     cgroup_sockopt,
+    sk_msg,
     sk_reuseport,
     sk_skb,
     sock_addr,
@@ -58,6 +59,7 @@ MAKERS: dict[str, Maker] = {
     "cgroup_sock_addr": sock_addr.make,
     "sock_ops": sock_ops.make,
     "sk_reuseport": sk_reuseport.make,
+    "sk_msg": sk_msg.make,
     "sk_skb": sk_skb.make,
 }
 #: The types that are run here.
@@ -113,7 +115,7 @@ def run_program(
     * ``cgroup_sysctl``: all, and ``name``, ``current_value`` and ``new_value``, which helpers give: text and bytes;
     * ``cgroup_sockopt``: ``level``, ``optname``, ``optlen``, ``retval``, and the bytes of ``optval``;
     * ``sk_reuseport``: ``hash``, ``bind_inany``;
-    * ``sk_skb``: none;
+    * ``sk_msg``, ``sk_skb``: none;
     * ``tracepoint``: bytes, the record with its header, whose first eight bytes programs do not see;
     * ``raw_tracepoint``: ``args``, at most twelve; also ``raw_tracepoint_writable``, where ``buffer`` is what the first
       one points to;

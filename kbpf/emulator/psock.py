@@ -16,21 +16,20 @@ from kbpf.emulator.datapath import backlog
 from kbpf.emulator.headers import ACK, PSH
 from kbpf.emulator.maps.base import refused
 from kbpf.emulator.packet import Packet
+from kbpf.emulator.psock_send import SENDING, SK_PASS, Messages
 from kbpf.emulator.sk_skb import StreamBuff
 from kbpf.emulator.slot import error
 from kbpf.emulator.sock import as_ipv4
-from kbpf.uapi.constants import BPF_TCP_CLOSE_WAIT, BPF_TCP_ESTABLISHED, ETH_P_IP, ETH_P_IPV6
+from kbpf.uapi.constants import ETH_P_IP, ETH_P_IPV6
 
 if TYPE_CHECKING:
     from kbpf.emulator.connection import Connection
     from kbpf.emulator.program import Program
     from kbpf.emulator.sock import Sock
 
-SK_DROP, SK_PASS = 0, 1
 #: Where such a map has a program (``struct sk_psock_progs``).
 STREAM_VERDICT, ANY_VERDICT = "sk_skb_stream_verdict", "sk_skb_verdict"
 _VERDICTS = (STREAM_VERDICT, ANY_VERDICT)
-_SENDING = (BPF_TCP_ESTABLISHED, BPF_TCP_CLOSE_WAIT)
 
 
 class Programs(dict[str, "Program"]):
@@ -67,6 +66,7 @@ class Psock:
         #: False after an error: nothing is passed or redirected to it any more (SK_PSOCK_TX_ENABLED).
         self.enabled = True
         self.messages: deque[_Message] = deque()
+        self.sending = Messages(self.programs)
         self._redirected: deque[_Redirected] = deque()
 
     @property
@@ -170,7 +170,7 @@ class Psock:
                 self.messages.append(_Message(bytearray(data), fin))
             elif not endpoint.writable:
                 return
-            elif connection.sock.state not in _SENDING:
+            elif connection.sock.state not in SENDING:
                 number = connection.error or errno.EPIPE
             elif data:
                 connection.outgoing += data
@@ -183,6 +183,11 @@ class Psock:
             connection.woken()
 
     # Reading.
+
+    def receive(self, data: bytes) -> None:
+        """Something is given to who reads."""
+        if self.enabled and data:
+            self.messages.append(_Message(bytearray(data), False))
 
     def read(self, limit: int, *, peek: bool) -> bytes:
         """At most so many bytes of what waits; EFAULT where a program has left nothing of what comes next."""

@@ -11,12 +11,13 @@ from kbpf.emulator.maps.file import release
 from kbpf.emulator.maps.sockets import SocketMap
 from kbpf.emulator.program import Program
 from kbpf.emulator.psock import ANY_VERDICT, STREAM_VERDICT
+from kbpf.emulator.psock_send import MESSAGE
 from kbpf.info import LinkInfo
 
 #: The type of programs that each place takes.
-PLACES = {STREAM_VERDICT: "sk_skb", ANY_VERDICT: "sk_skb"}
+PLACES = {STREAM_VERDICT: "sk_skb", ANY_VERDICT: "sk_skb", MESSAGE: "sk_msg"}
 #: Those of Linux that are not here.
-LACKING = ("sk_skb_stream_parser", "sk_msg_verdict")
+LACKING = ("sk_skb_stream_parser",)
 #: Of the two verdicts, a map has one.
 _OTHER = {STREAM_VERDICT: ANY_VERDICT, ANY_VERDICT: STREAM_VERDICT}
 

@@ -15,6 +15,7 @@ from kbpf.emulator.endpoint import MSG_PEEK, Option
 from kbpf.emulator.headers import IPPROTO_TCP
 from kbpf.emulator.inetsocket import AF_INET, IpOptions, PortEndpoint
 from kbpf.emulator.ports import Binding
+from kbpf.emulator.psock_send import MESSAGE
 from kbpf.emulator.slot import error
 from kbpf.emulator.sock import MAPPED
 from kbpf.emulator.stream import SHUT_RD, SHUT_RDWR, SHUT_WR, StreamEndpoint
@@ -310,7 +311,9 @@ class TcpSocket(PortEndpoint, StreamEndpoint):
 
         self._wait_for(room, self._limit(flags))
         self._raise_error()
-        connection = self.connection
+        connection, there = self.connection, self.sock.psock
+        if there is not None and connection is not None and MESSAGE in there.programs:
+            return there.sending.send(connection, data)
         if connection is None or self.sock.state not in SENDING:
             raise error(errno.EPIPE)
         sent = data[: self._sndbuf - len(connection.outgoing)]

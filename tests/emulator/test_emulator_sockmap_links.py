@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sides import Side
-from sockmaps import ANY_VERDICT, DROP, PASS, VERDICT, World, returns, said, same, two_worlds
+from sockmaps import ANY_VERDICT, DROP, MESSAGE, PASS, VERDICT, World, returns, said, same, two_worlds
 
 from kbpf.specs import MapSpec, ProgramSpec
 
@@ -24,8 +24,8 @@ def worlds(kernel: Side, emulator: Side) -> Iterator[tuple[World, World]]:
 
 
 def programs(world: World) -> list[int]:
-    """Loaded for either place, for none, and of another type."""
-    made = [world.load(returns(PASS), (), place) for place in (VERDICT, ANY_VERDICT)]
+    """Loaded for each place, for none, and of another type."""
+    made = [world.load(returns(PASS), (), place) for place in (VERDICT, ANY_VERDICT, MESSAGE)]
     for type in ("sk_skb", "socket_filter"):
         spec = ProgramSpec(type=type, instructions=tuple(returns(PASS)), license="GPL")
         made.append(world.fd(world.side.backend.program_load(spec, [])))
@@ -37,7 +37,7 @@ def test_which_programs_go_where(worlds: tuple[World, World]) -> None:
         backend, answers = world.side.backend, []
         array = world.fd(backend.map_create(MapSpec(type="array", key_size=4, value_size=4, max_entries=1)))
         made = programs(world)
-        for place in (VERDICT, ANY_VERDICT):
+        for place in (VERDICT, ANY_VERDICT, MESSAGE):
             for program in made:
                 for target in (world.map(), world.map("sockhash"), array, made[0], 999):
                     for flags in (0, 1, 8):
@@ -52,7 +52,7 @@ def test_which_programs_go_where(worlds: tuple[World, World]) -> None:
 
 
 def test_there_are_no_test_runs(worlds: tuple[World, World]) -> None:
-    same(worlds, lambda world: [said(world.side.backend.program_run, fd, bytes(64), b"") for fd in programs(world)[:3]])
+    same(worlds, lambda world: [said(world.side.backend.program_run, fd, bytes(64), b"") for fd in programs(world)[:4]])
 
 
 def told(world: World, map: int, *names: int) -> list[Any]:
@@ -101,7 +101,7 @@ def test_links(worlds: tuple[World, World]) -> None:
     def scenario(world: World) -> Any:
         backend, map = world.side.backend, world.map()
         one, other = world.load(returns(PASS)), world.load(returns(DROP))
-        elsewhere, untyped = world.load(returns(PASS), (), ANY_VERDICT), programs(world)[2]
+        elsewhere, untyped = world.load(returns(PASS), (), ANY_VERDICT), programs(world)[3]
         link = world.fd(backend.link_create(one, map, VERDICT))
         answers: list[Any] = []
 
@@ -150,7 +150,7 @@ def test_which_sockets_are_put_in(worlds: tuple[World, World]) -> None:
 
     def scenario(world: World) -> Any:
         answers = []
-        for place in (VERDICT, ANY_VERDICT):
+        for place in (VERDICT, ANY_VERDICT, MESSAGE):
             for type in ("sockmap", "sockhash"):
                 map = world.map(type)
                 world.run(map, returns(PASS), place=place)
@@ -174,6 +174,5 @@ def test_programs_of_other_sockets_are_refused_by_name(emulator: Side) -> None:
                 world.put(map, 1, real)
         with pytest.raises(OSError, match="its own TCP sockets only"):
             world.put(map, 1, bound)
-        for place in ("sk_skb_stream_parser", "sk_msg_verdict"):
-            with pytest.raises(OSError, match=f"{place} yet"):
-                emulator.backend.link_create(programs(world)[0], map, place)
+        with pytest.raises(OSError, match="sk_skb_stream_parser yet"):
+            emulator.backend.link_create(programs(world)[0], map, "sk_skb_stream_parser")

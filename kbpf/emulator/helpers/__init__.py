@@ -30,6 +30,7 @@ from kbpf.emulator.helpers import (
     room,
     route,
     show,
+    sk_msg,
     sk_skb,
     skb,
     sock,
@@ -99,6 +100,7 @@ _HOOKS = {HELPERS[name]: function for name, function in hooks.HELPERS.items()}
 #: Where a type's programs reach another function under the same number.
 _OF_TYPE: dict[str, dict[int, HelperFunction]] = {
     "xdp": {HELPERS[name]: function for name, function in xdp.HELPERS.items()},
+    "sk_msg": {HELPERS[name]: function for name, function in sk_msg.HELPERS.items()},
     "sk_skb": {HELPERS[name]: function for name, function in sk_skb.HELPERS.items()},
     "sk_lookup": {HELPERS[name]: function for name, function in choose_sock.LOOKUP.items()},
     **dict.fromkeys(("cgroup_device", "cgroup_sock_addr", "cgroup_sockopt", "cgroup_sysctl", "sock_ops"), _HOOKS),

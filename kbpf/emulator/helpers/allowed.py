@@ -47,6 +47,7 @@ ALLOWED: dict[str, frozenset[int]] = {
     "cgroup_sysctl": (_CGROUP | _ids("101-104")) - _SKC,
     "cgroup_sockopt": (_CGROUP | _ids("49,57,96,107-108,122")) - _SKC - _ids("160"),
     "sk_reuseport": (_BASE | _ids("26,46,68,82")) - _SKC,
+    "sk_msg": _BASE | _ids("25,60-63,71,90-91,107-108,122"),
     "sk_skb": _BASE | _ids("9,25-26,38-39,43,46-47,50,52,72,84-86,99"),
     "tracepoint": _TRACING,
     "raw_tracepoint": _TRACING,

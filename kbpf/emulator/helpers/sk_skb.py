@@ -10,7 +10,7 @@ from kbpf.emulator.helpers.room import skb_change_head, skb_change_tail
 from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.sockets import SocketMap, SockHash, SockMap
 from kbpf.emulator.memory import M32, M64
-from kbpf.emulator.psock import SK_DROP, SK_PASS
+from kbpf.emulator.psock_send import SK_DROP, SK_PASS
 from kbpf.emulator.sk_skb import StreamBuff
 from kbpf.emulator.sock import Sock
 from kbpf.errors import EmulationFault
