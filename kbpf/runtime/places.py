@@ -1,6 +1,6 @@
 """Attach a program to a socket map (Linux 6.10), a network namespace (5.7 and 5.9) or a netfilter hook (6.4), by links.
 
-All but the last are the kernel's alone. Needs CAP_NET_ADMIN, and CAP_BPF to load the program.
+Network namespaces are the kernel's alone. Needs CAP_NET_ADMIN, and CAP_BPF to load the program.
 """
 
 from __future__ import annotations
