@@ -63,10 +63,19 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         status = 130
     except BrokenPipeError:
-        # The reader left, as head(1) does; nothing more is to be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader left, as head(1) does.
+        _drop_output()
         status = 1
     except (KbpfError, OSError) as error:
         click.echo(f"kbpf: {describe(error)}", err=True)
         status = 2 if isinstance(error, FilterError) else 1
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
     sys.exit(status)
+
+
+def _drop_output() -> None:
+    """Nothing more is to be flushed at exit, where Python would fail with a status of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,8 +37,9 @@ def test_a_reader_may_leave(long: kbpf.Map, json: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["map show", "map dump", "map dump --json"])
-def test_what_finds_no_room_fails_and_says_so(long: kbpf.Map, words: str) -> None:
-    assert shell(f"{KBPF} {words} id {long.id} >/dev/full; echo $?") == (
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_finds_no_room_fails_and_says_so(long: kbpf.Map, words: str, unbuffered: str) -> None:
+    assert shell(f"PYTHONUNBUFFERED={unbuffered} {KBPF} {words} id {long.id} >/dev/full; echo $?") == (
         "1",
         "kbpf: [Errno 28] No space left on device\n",
     )
