@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import kbpf
+from kbpf.backend import BackendName
 from kbpf.isa import ebpf
 from kbpf.isa.ebpf import Instruction
 from kbpf.specs import MapSpec, ProgramSpec
@@ -23,11 +24,14 @@ def program(type: str, attach_type: str | None = None, backend: str = "kernel") 
     return kbpf.load_program(spec, backend=backend)
 
 
-@pytest.mark.requires("kernel")
+@pytest.mark.parametrize(
+    "backend",
+    ["emulator", pytest.param("kernel", marks=[pytest.mark.requires("kernel"), pytest.mark.requires("linux-6.10")])],
+)
 @pytest.mark.parametrize(("type", "place"), [("sk_skb", "sk_skb_stream_verdict"), ("sk_msg", "sk_msg_verdict")])
-@pytest.mark.requires("linux-6.10")
-def test_a_socket_map_has_a_program_as_long_as_the_link(type: str, place: str) -> None:
-    with kbpf.Map.create(SOCKETS, "kernel") as map, program(type, place) as first, program(type, place) as second:
+def test_a_socket_map_has_a_program_as_long_as_the_link(type: str, place: str, backend: BackendName) -> None:
+    first, second = (program(type, place, backend) for _ in range(2))
+    with kbpf.Map.create(SOCKETS, backend) as map, first, second:
         with first.attach(map) as link:
             assert (link.info.type, link.info.attach_type) == ("sockmap", place)
             assert link.info.details == {"map_id": map.id}
