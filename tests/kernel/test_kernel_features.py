@@ -82,7 +82,8 @@ class TestKernel:
         "program_type", ["socket_filter", "xdp", "sched_cls", "cgroup_skb", "tracepoint", "syscall"]
     )
     def test_helpers_are_those_that_were_measured(self, program_type: str) -> None:
-        names = {number: name for name, number in HELPERS.items() if name != "unspec"}
+        # Lockdown took one of them where they were measured.
+        names = {number: name for name, number in HELPERS.items() if name not in ("unspec", "probe_write_user")}
         found = {number for number in names if ask("helper", names[number], program_type)}
         # Older kernels have fewer.
         assert found <= ALLOWED[program_type] and len(found) > 40
