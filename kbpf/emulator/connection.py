@@ -213,10 +213,14 @@ class Connection(Transmission):
         state = self.sock.state
         if state in (BPF_TCP_CLOSE, BPF_TCP_TIME_WAIT):
             return
-        if segment.data and self.orphan and after(segment.end, self.rcv_nxt):
-            # There is nobody to read it.
+        # Who reads no more still gets what comes while the connection stands, and not when it is on its way out.
+        unwanted = self.orphan or (self.deaf and state != BPF_TCP_ESTABLISHED)
+        if segment.data and unwanted and after(segment.end, self.rcv_nxt):
             self.layer.refuse(ip, segment)
-            self.finish()
+            if self.orphan:
+                self.finish()
+            else:
+                self._reset()
             return
         if segment.end != header.seq:
             self._owes_ack = True
@@ -282,8 +286,7 @@ class Connection(Transmission):
             data = data[:room]
             self.rcv_nxt = self.rcv_nxt + len(data) & M32
             self.counts["bytes_received"] += len(data)
-            if not self.deaf:
-                self.incoming += data
+            self.incoming += data
             self.woken()
             if whole and segment.fin:
                 self._early.clear()

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -176,6 +177,32 @@ def test_not_blocking(netns: NetworkNamespace) -> None:
             while True:
                 received += len(accepted.recv(1 << 20))
         return found, sent > 100000, received > 0
+
+    same_on_both(netns, scenario)
+
+
+def test_who_reads_no_more_gets_what_comes_until_the_connection_ends(netns: NetworkNamespace) -> None:
+    def something(target: Any) -> Any:
+        # It does not wait for data, and a busy kernel brings them later.
+        for _ in range(200):
+            got = outcome(target.recv, 10)
+            if got != b"":
+                return got
+            time.sleep(0.01)
+        return b""
+
+    def scenario(host: Host) -> Any:
+        client, accepted, _ = connected(host)
+        accepted.shutdown(socket.SHUT_RD)
+        found: list[Any] = [accepted.recv(10)]
+        for data in (b"abc", b"def"):
+            client.send(data)
+            found += [something(accepted), accepted.recv(10)]
+        found += [accepted.send(b"still"), client.recv(10)]
+        accepted.shutdown(socket.SHUT_WR)
+        # On its way out it is reset.
+        found += [client.recv(10), client.send(b"zz"), something(accepted)]
+        return [*found, outcome(client.send, b"zz"), outcome(client.recv, 10)]
 
     same_on_both(netns, scenario)
 
