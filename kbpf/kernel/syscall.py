@@ -237,6 +237,18 @@ def element_reader(
     number, command, size = ctypes.c_long(_SYS_BPF), ctypes.c_long(_LOOKUP_ELEM), ctypes.c_ulong(_ELEMENT.size)
     checked = key_packer is None
 
+    def failed(buffers: tuple[Any, Any, Any, Any]) -> Any:
+        _, value, attr, _ = buffers
+        found = None
+        while get_errno() != missing:
+            if get_errno() != errno.EINTR:
+                raise _last_failure()
+            if not call(number, command, attr, size):
+                found = value[0] if value_letter else unpack_from(value)[0] if single else unpack_from(value)
+                break
+        give(buffers)
+        return found
+
     def read(wanted: Any) -> Any:
         if checked and len(wanted) != key_size:
             raise ValueError(f"a key of {len(wanted)} bytes where the map has {key_size}")
@@ -249,19 +261,27 @@ def element_reader(
             key[0] = wanted
         else:
             pack_into(key, 0, wanted)
-        found = None
-        while call(number, command, attr, size):
-            failed = get_errno()
-            if failed == missing:
-                break
-            if failed != errno.EINTR:
-                raise failure(failed)
-        else:
-            found = value[0] if value_letter else unpack_from(value)[0] if single else unpack_from(value)
+        if call(number, command, attr, size):
+            return failed(buffers)
+        found = value[0] if value_letter else unpack_from(value)[0] if single else unpack_from(value)
         give(buffers)
         return found
 
-    return read
+    def read_number(wanted: Any) -> Any:
+        # The same where key and value are numbers, without asking each time whether they are.
+        try:
+            buffers = take()
+        except IndexError:
+            buffers = slot()
+        key, value, attr, _ = buffers
+        key[0] = wanted
+        if call(number, command, attr, size):
+            return failed(buffers)
+        found = value[0]
+        give(buffers)
+        return found
+
+    return read_number if key_letter and value_letter else read
 
 
 def setsockopt(fd: int, level: int, option: int, value: bytes) -> None:
