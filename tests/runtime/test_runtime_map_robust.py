@@ -470,12 +470,14 @@ with kbpf.Map.open(path={str(path)!r}, backend="kernel", key="I", value="QQ") as
         try:
             for _ in range(3):
                 with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
-                    assert writer.stdout is not None
-                    assert writer.stdout.readline() == b"ready\n"
-                    until = time.monotonic() + 0.05
-                    while time.monotonic() < until:
-                        assert all(first == second for first, second in map.snapshot().values())
-                    writer.kill()
+                    try:
+                        assert writer.stdout is not None
+                        assert writer.stdout.readline() == b"ready\n"
+                        until = time.monotonic() + 0.05
+                        while time.monotonic() < until:
+                            assert all(first == second for first, second in map.snapshot().values())
+                    finally:
+                        writer.kill()
                 found = map.snapshot()
                 assert all(first == second for first, second in found.values())
                 assert found.keys() <= set(range(500))
