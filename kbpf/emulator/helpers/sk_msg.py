@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 
-from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context
-from kbpf.emulator.helpers.sk_skb import target
+from kbpf.emulator.helpers.sk_skb import redirect
 from kbpf.emulator.interpreter import HelperFunction, Run
-from kbpf.emulator.maps.sockets import SocketMap, SockHash, SockMap
-from kbpf.emulator.memory import M32, M64
-from kbpf.emulator.psock_send import SK_DROP, SK_PASS
+from kbpf.emulator.maps.sockets import SockHash, SockMap
+from kbpf.emulator.memory import M32
 from kbpf.emulator.sk_msg import SkMsg
 from kbpf.errors import EmulationFault
-from kbpf.uapi.constants import BPF_F_INGRESS
 
 #: What no message grows beyond here; Linux finds no pages for more than a few MiB.
 _MOST_BYTES = 1 << 20
@@ -25,23 +22,6 @@ def _message(run: Run, context: int) -> SkMsg:
     if not isinstance(message, SkMsg):
         raise EmulationFault("this program is not of type sk_msg")
     return message
-
-
-def _redirect(kind: type[SocketMap]) -> HelperFunction:
-    def helper(run: Run, context: int, map: int, key: int, flags: int, _: int) -> int:
-        message, found = _message(run, context), map_at(run, map)
-        if not isinstance(found, kind):
-            raise EmulationFault(f"a message cannot be redirected by a {found.type} map", address=map)
-        if flags & M64 & ~BPF_F_INGRESS:
-            return SK_DROP
-        given = run.read(key, found.key_size) if kind is SockHash else (key & M32).to_bytes(4, "little")
-        sock = target(found, given)
-        if sock is None:
-            return SK_DROP
-        message.redirect = sock, bool(flags & BPF_F_INGRESS)
-        return SK_PASS
-
-    return helper
 
 
 def msg_apply_bytes(run: Run, context: int, count: int, *_: int) -> int:
@@ -94,8 +74,8 @@ def msg_pop_data(run: Run, context: int, start: int, size: int, flags: int, _: i
 
 
 HELPERS: dict[str, HelperFunction] = {
-    "msg_redirect_map": _redirect(SockMap),
-    "msg_redirect_hash": _redirect(SockHash),
+    "msg_redirect_map": redirect(SockMap, _message, "a message"),
+    "msg_redirect_hash": redirect(SockHash, _message, "a message"),
     "msg_apply_bytes": msg_apply_bytes,
     "msg_cork_bytes": msg_cork_bytes,
     "msg_pull_data": msg_pull_data,

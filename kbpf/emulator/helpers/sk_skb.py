@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from kbpf.emulator.helpers.maps import map_at
 from kbpf.emulator.helpers.packet import check_context, skb_pull_data, skb_store_bytes
@@ -11,12 +12,14 @@ from kbpf.emulator.interpreter import HelperFunction, Run
 from kbpf.emulator.maps.sockets import SocketMap, SockHash, SockMap
 from kbpf.emulator.memory import M32, M64
 from kbpf.emulator.psock_send import SK_DROP, SK_PASS
+from kbpf.emulator.sk_msg import SkMsg
 from kbpf.emulator.sk_skb import StreamBuff
 from kbpf.emulator.sock import Sock
 from kbpf.errors import EmulationFault
 from kbpf.uapi.constants import BPF_F_INGRESS, BPF_TCP_LISTEN
 
 _MOST_ROOM = 0xFFF
+_RECEIVED = "what a socket has received"
 
 
 def target(found: SocketMap, key: bytes) -> Sock | None:
@@ -29,22 +32,28 @@ def target(found: SocketMap, key: bytes) -> Sock | None:
     return sock
 
 
-def _redirect(kind: type[SocketMap]) -> HelperFunction:
-    def helper(run: Run, skb: int, map: int, key: int, flags: int, _: int) -> int:
-        check_context(skb)
-        found, buff = map_at(run, map), _buff(run)
+def redirect(kind: type[SocketMap], data_of: Callable[[Run, int], StreamBuff | SkMsg], what: str) -> HelperFunction:
+    """A helper that sends what a program looks at to a socket of a map; `what` that is, for messages."""
+
+    def helper(run: Run, context: int, map: int, key: int, flags: int, _: int) -> int:
+        data, found = data_of(run, context), map_at(run, map)
         if not isinstance(found, kind):
-            raise EmulationFault(f"what a socket has received cannot be redirected by a {found.type} map", address=map)
+            raise EmulationFault(f"{what} cannot be redirected by a {found.type} map", address=map)
         if flags & M64 & ~BPF_F_INGRESS:
             return SK_DROP
         given = run.read(key, found.key_size) if kind is SockHash else (key & M32).to_bytes(4, "little")
         sock = target(found, given)
         if sock is None:
             return SK_DROP
-        buff.redirect = sock, bool(flags & BPF_F_INGRESS)
+        data.redirect = sock, bool(flags & BPF_F_INGRESS)
         return SK_PASS
 
     return helper
+
+
+def _received(run: Run, skb: int) -> StreamBuff:
+    check_context(skb)
+    return _buff(run)
 
 
 def _buff(run: Run) -> StreamBuff:
@@ -114,8 +123,8 @@ def adjust_room(run: Run, skb: int, difference: int, mode: int, flags: int, _: i
 
 
 HELPERS: dict[str, HelperFunction] = {
-    "sk_redirect_map": _redirect(SockMap),
-    "sk_redirect_hash": _redirect(SockHash),
+    "sk_redirect_map": redirect(SockMap, _received, _RECEIVED),
+    "sk_redirect_hash": redirect(SockHash, _received, _RECEIVED),
     "skb_pull_data": pull_data,
     "skb_store_bytes": store_bytes,
     "skb_change_tail": change_tail,
